@@ -1,0 +1,262 @@
+"""Attention modules and functions for a model's layers: local rows in, local rows out, at any context-parallel size.
+
+Projections are the caller's. Queries and keys come unrotated, because compression may have to see them so; every attention
+here rotates them itself at their document positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention.bias import causal_lower_right
+
+from nsa_cp.config import Backend, NSAConfig, RotaryConfig
+from nsa_cp.context_parallel import RowPartition, SequenceLayout, exchange_halo, gather_rows, group_size
+from nsa_cp.ops import initial_compressor_weights, native_sparse_attention
+from nsa_cp.ops.checks import check_heads, check_rows
+from nsa_cp.ops.dispatch import accumulator_dtype, resolve_backend
+from nsa_cp.ops.plan import get_plan, get_window_plan
+from nsa_cp.ops.rope import apply_rope, rotary_tables
+from nsa_cp.ops.stages import IntervalAttention
+
+
+class Compressor(nn.Module):
+    """The weights of one phi (paper eq. 7) for ``num_groups`` heads of ``dim`` channels; starts as the block mean.
+
+    Parameters by ``config.compressor``: none for ``mean``; ``position`` [G, l, D] and ``weight`` [G, l*D, D] for ``linear``;
+    ``position``, ``w1`` [G, l*D, D] and ``w2`` [G, D, D] for ``mlp``.
+    """
+
+    def __init__(
+        self,
+        config: NSAConfig,
+        num_groups: int,
+        dim: int,
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        names = {"mean": (), "linear": ("position", "weight"), "mlp": ("position", "w1", "w2")}[config.compressor]
+        initial = initial_compressor_weights(config, num_groups, dim, generator)
+        self._names = names
+        for name, value in zip(names, initial, strict=True):
+            self.register_parameter(name, nn.Parameter(value.to(device=device, dtype=dtype)))
+
+    @property
+    def weights(self) -> tuple[torch.Tensor, ...]:
+        """The parameters in the order that ``nsa_cp.ops`` takes them."""
+        return tuple(getattr(self, name) for name in self._names)
+
+
+class NativeSparseAttention(nn.Module):
+    """Native Sparse Attention (arXiv 2502.11089) without projections; holds the compressors' parameters.
+
+    Args:
+        config: the method's settings.
+        num_attention_heads: N, query heads here (those of one tensor-parallel rank).
+        num_query_groups: G, key/value heads here; divides N.
+        qk_dim: Dk. v_dim: Dv, None for Dk.
+        rotary: position embedding, or None for none.
+        cp_group: context-parallel process group; None is a single process.
+        generator: draws the compressors' initial weights.
+
+    Attributes:
+        last_metrics: detached scalars on the device, of the last forward: ``remote_block_fraction`` (chosen blocks with rows
+            of another rank), ``gate_compressed``, ``gate_selected``, ``gate_window`` (means).
+        record_selection: set it to keep ``last_selection`` (int32 [T, G, n]) and ``last_gates`` [T, N or 1, 3].
+
+    Raises:
+        ValueError: heads not a multiple of groups.
+    """
+
+    def __init__(
+        self,
+        config: NSAConfig,
+        *,
+        num_attention_heads: int,
+        num_query_groups: int,
+        qk_dim: int,
+        v_dim: int | None = None,
+        rotary: RotaryConfig | None = None,
+        cp_group: dist.ProcessGroup | None = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_attention_heads % num_query_groups:
+            raise ValueError(
+                f"num_attention_heads = {num_attention_heads} is not a multiple of num_query_groups = {num_query_groups}"
+            )
+        self.config, self.rotary, self.cp_group = config, rotary, cp_group
+        factory = {"generator": generator, "device": device, "dtype": dtype}
+        self.k_compressor = Compressor(config, num_query_groups, qk_dim, **factory)
+        self.v_compressor = Compressor(config, num_query_groups, qk_dim if v_dim is None else v_dim, **factory)
+        self.record_selection = False
+        self.last_metrics: dict[str, torch.Tensor] = {}
+        self.last_selection: torch.Tensor | None = None
+        self.last_gates: torch.Tensor | None = None
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: Sequence[torch.Tensor],
+        v: Sequence[torch.Tensor],
+        gate_logits: torch.Tensor,
+        layout: SequenceLayout,
+    ) -> torch.Tensor:
+        """Attend from and to the rows of ``layout``.
+
+        Args:
+            q: [T, N, Dk], unrotated.
+            k, v: [T, G, Dk], [T, G, Dv] for compressed, selected, window, or one each with ``shared_kv``.
+            gate_logits: [T, N or 1, 3]; the gates are their sigmoid.
+            layout: which rows this rank holds.
+
+        Returns:
+            [T, N, Dv] in the dtype of q.
+
+        Raises:
+            ValueError: inputs that do not fit together or to the layout, or ranks that disagree.
+        """
+        gates = gate_logits.sigmoid()
+        result = native_sparse_attention(
+            q, k, v, gates, self.k_compressor.weights, self.v_compressor.weights, self.config,
+            rotary=self.rotary, layout=layout, group=self.cp_group,
+        )  # fmt: skip
+        self._record(result.blocks, gates.detach(), layout)
+        return result.out
+
+    @torch.no_grad()
+    def _record(self, blocks: torch.Tensor, gates: torch.Tensor, layout: SequenceLayout) -> None:
+        plan = get_plan(layout, self.config, blocks.device)
+        chosen = blocks >= 0
+        remote = plan.block_is_remote[(blocks.clamp(min=0) + plan.block_base[:, None, None]).long()] & chosen
+        means = gates.float().mean((0, 1))
+        self.last_metrics = {
+            "remote_block_fraction": remote.sum() / chosen.sum().clamp(min=1),
+            "gate_compressed": means[0],
+            "gate_selected": means[1],
+            "gate_window": means[2],
+        }
+        if self.record_selection:
+            self.last_selection, self.last_gates = blocks, gates
+
+
+def full_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: SequenceLayout,
+    *,
+    rotary: RotaryConfig | None = None,
+    cp_group: dist.ProcessGroup | None = None,
+) -> torch.Tensor:
+    """Causal dense attention within each document: K/V gathered from all ranks, PyTorch's SDPA chunk by chunk.
+
+    Args:
+        q: [T, N, Dk], unrotated. k: [T, G, Dk]. v: [T, G, Dv].
+
+    Returns:
+        [T, N, Dv] in the dtype of q.
+
+    Raises:
+        ValueError: inputs that do not fit together or to the layout.
+    """
+    _check(q, k, v, layout, cp_group)
+    q, k = _rotate(q, k, layout, rotary)
+    k, v = gather_rows([k, v], _row_partition(layout, q.device), cp_group)
+    outs = [
+        _causal_sdpa(q[first:last], k[start:end], v[start:end]) for first, last, start, end in _causal_segments(layout)
+    ]
+    return torch.cat(outs) if outs else q.new_zeros(*q.shape[:2], v.shape[-1])
+
+
+def sliding_window_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: SequenceLayout,
+    *,
+    window_size: int,
+    rotary: RotaryConfig | None = None,
+    cp_group: dist.ProcessGroup | None = None,
+    backend: Backend = "auto",
+) -> torch.Tensor:
+    """Causal attention over the last ``window_size`` tokens of the document, the query's own included, with halo exchange.
+
+    Args:
+        q: [T, N, Dk], unrotated. k: [T, G, Dk]. v: [T, G, Dv].
+
+    Returns:
+        [T, N, Dv] in the dtype of q.
+
+    Raises:
+        ValueError: inputs that do not fit together or to the layout, an empty window, or a backend that cannot run here.
+    """
+    _check(q, k, v, layout, cp_group)
+    if window_size < 1:
+        raise ValueError(f"window_size = {window_size} leaves nothing to attend to; use at least 1")
+    q, k = _rotate(q, k, layout, rotary)
+    halo, intervals = get_window_plan(layout, window_size, q.device)
+    k, v = exchange_halo([k, v], halo, cp_group)
+    return IntervalAttention.apply(q, k, v, intervals, resolve_backend(backend, q))[0]
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout, group: dist.ProcessGroup | None) -> None:
+    check_heads(q, k, v)
+    check_rows(q=q, k=k, v=v, expected=layout.num_local_tokens)
+    if layout.cp_size != group_size(group):
+        raise ValueError(f"the layout is cut for {layout.cp_size} ranks, the process group has {group_size(group)}; build it anew")
+
+
+def _rotate(
+    q: torch.Tensor, k: torch.Tensor, layout: SequenceLayout, rotary: RotaryConfig | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if rotary is None:
+        return q, k
+    positions = _positions(layout, q.device)
+    tables = rotary_tables(positions, rotary, q.shape[-1], accumulator_dtype(q))
+    return apply_rope(q, *tables), apply_rope(k, *tables)
+
+
+@lru_cache(maxsize=32)
+def _positions(layout: SequenceLayout, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(layout.local_positions).to(device, non_blocking=True)
+
+
+@lru_cache(maxsize=32)
+def _row_partition(layout: SequenceLayout, device: torch.device) -> RowPartition:
+    return RowPartition(layout.row_owner, layout.cp_size).to(device)
+
+
+@lru_cache(maxsize=32)
+def _causal_segments(layout: SequenceLayout) -> list[tuple[int, int, int, int]]:
+    """Runs of local rows that are consecutive in one document: ``(first, last)`` local, ``(start, end)`` global keys up to it."""
+    rows, documents = layout.local_rows, layout.local_documents
+    if not len(rows):
+        return []
+    edges = np.flatnonzero((np.diff(rows) != 1) | (np.diff(documents) != 0)) + 1
+    firsts, lasts = np.concatenate([[0], edges]), np.concatenate([edges, [len(rows)]])
+    starts = layout.local_document_starts
+    return [(int(a), int(b), int(starts[a]), int(rows[b - 1]) + 1) for a, b in zip(firsts, lasts, strict=True)]
+
+
+def _causal_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The last len(q) rows of causal attention over k: [rows, N, Dv]."""
+    repeats = q.shape[1] // k.shape[1]
+    # Heads first and a batch of one, as SDPA wants them; K/V heads repeated, which every SDPA backend accepts.
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)))
+    if q.shape[2] == k.shape[2]:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(q.shape[2], k.shape[2]))
+    return out[0].transpose(0, 1)

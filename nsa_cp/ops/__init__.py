@@ -1,0 +1,24 @@
+"""The stages of Native Sparse Attention and the whole of it, forward and backward, in torch and Triton."""
+
+from nsa_cp.ops.compression import initial_compressor_weights
+from nsa_cp.ops.pipeline import NSAOutput, native_sparse_attention
+from nsa_cp.ops.stages import (
+    combine_branches,
+    compress_kv,
+    compressed_attention,
+    select_blocks,
+    selected_attention,
+    window_attention,
+)
+
+__all__ = [
+    "NSAOutput",
+    "combine_branches",
+    "compress_kv",
+    "compressed_attention",
+    "initial_compressor_weights",
+    "native_sparse_attention",
+    "select_blocks",
+    "selected_attention",
+    "window_attention",
+]

@@ -1,0 +1,38 @@
+"""Shape checks of the public functions: one sentence with both numbers, before anything runs."""
+
+from __future__ import annotations
+
+import torch
+
+
+def check_rows(expected: int | None = None, **tensors: torch.Tensor) -> None:
+    """All tensors have ``expected`` rows, or as many as the first.
+
+    Raises:
+        ValueError: naming the tensor that differs and both numbers.
+    """
+    first = next(iter(tensors))
+    for name, x in tensors.items():
+        if expected is not None and x.shape[0] != expected:
+            raise ValueError(f"{name} has {x.shape[0]} rows, but the layout (cu_seqlens and settings) gives {expected}")
+        if x.shape[0] != tensors[first].shape[0]:
+            raise ValueError(f"{name} has {x.shape[0]} rows and {first} {tensors[first].shape[0]}; they must be equal")
+
+
+def check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None = None) -> None:
+    """q [T, N, Dk], k [M, G, Dk] and v [M, G, Dv] belong together.
+
+    Raises:
+        ValueError: dimensions, dtypes or head counts that do not fit.
+    """
+    for name, x in (("q", q), ("k", k), *((("v", v),) if v is not None else ())):
+        if x.dim() != 3:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; packed tensors are [tokens, heads, channels]")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name} is {x.dtype} on {x.device}, q {q.dtype} on {q.device}; give all the same")
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(f"q has {q.shape[2]} channels and k {k.shape[2]}; they must be equal")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} groups; use a multiple")
+    if v is not None and v.shape[:2] != k.shape[:2]:
+        raise ValueError(f"v {tuple(v.shape)} and k {tuple(k.shape)} must agree in rows and groups")

@@ -1,0 +1,50 @@
+"""Compression: phi summarises l tokens in one compressed token, every d tokens (paper section 3.3.1, eq. 7)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from nsa_cp.config import NSAConfig
+
+# Weights of one phi: () for mean, (position, weight) for linear, (position, w1, w2) for mlp; see `compress`.
+CompressorWeights = tuple[torch.Tensor, ...]
+
+
+def compress(x: torch.Tensor, starts: torch.Tensor, weights: CompressorWeights, config: NSAConfig) -> torch.Tensor:
+    """phi of the blocks ``x[starts[c] : starts[c] + l]``, one phi for each head; differentiable.
+
+    ``mean``: the block mean. ``linear``: ``flatten(x + position) @ weight``. ``mlp``: block mean plus
+    ``silu(flatten(x + position) @ w1) @ w2``. Flattening is token-major.
+
+    Args:
+        x: [M, G, D].
+        starts: int32 [C], rows of x.
+        weights: ``position`` [G, l, D], ``weight`` [G, l*D, D], ``w1`` [G, l*D, F], ``w2`` [G, F, D].
+
+    Returns:
+        [C, G, D] in the dtype of x.
+    """
+    block = torch.arange(config.compress_block_size, device=x.device)
+    blocks = x[starts.to(torch.int64)[:, None] + block].permute(2, 0, 1, 3)
+    if config.compressor == "mean":
+        return blocks.mean(2).transpose(0, 1)
+    flat = (blocks + weights[0][:, None]).flatten(2)
+    if config.compressor == "linear":
+        return (flat @ weights[1]).transpose(0, 1)
+    return (blocks.mean(2) + F.silu(flat @ weights[1]) @ weights[2]).transpose(0, 1)
+
+
+def initial_compressor_weights(
+    config: NSAConfig, num_groups: int, dim: int, generator: torch.Generator | None = None
+) -> CompressorWeights:
+    """Weights with which phi is exactly the block mean, float32 on CPU; the layout of :func:`compress`."""
+    length = config.compress_block_size
+    if config.compressor == "mean":
+        return ()
+    position = torch.zeros(num_groups, length, dim)
+    if config.compressor == "linear":
+        mean = torch.eye(dim).repeat(length, 1) / length
+        return position, mean.expand(num_groups, -1, -1).clone()
+    hidden = torch.randn(num_groups, length * dim, dim, generator=generator) * (length * dim) ** -0.5
+    return position, hidden, torch.zeros(num_groups, dim, dim)

@@ -1,0 +1,46 @@
+"""Which implementation runs: Triton kernels on CUDA, plain torch anywhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+from nsa_cp.config import Backend
+
+
+def resolve_backend(backend: Backend, x: torch.Tensor) -> str:
+    """``"torch"`` or ``"triton"`` for tensors like ``x``.
+
+    Raises:
+        ValueError: ``triton`` asked for where it cannot run; the message says why.
+    """
+    if backend == "torch":
+        return "torch"
+    obstacle = triton_obstacle(x)
+    if backend == "auto":
+        return "torch" if obstacle else "triton"
+    if backend != "triton":
+        raise ValueError(f"backend = {backend!r} is unknown; use 'auto', 'torch' or 'triton'")
+    if obstacle:
+        raise ValueError(f"backend = 'triton' cannot run here: {obstacle}; use backend = 'auto' or 'torch'")
+    return "triton"
+
+
+def triton_obstacle(x: torch.Tensor) -> str | None:
+    """Why Triton kernels cannot take tensors like ``x``, or None."""
+    if importlib.util.find_spec("nsa_cp.kernels.interval_attention") is None:
+        return "this installation has no Triton kernels"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if x.dtype == torch.float64:
+        return "the kernels compute in float32, not float64"
+    if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {x.device.type}, not on a CUDA device"
+    return None
+
+
+def accumulator_dtype(x: torch.Tensor) -> torch.dtype:
+    """float64 for float64 inputs, else float32: the dtype of sums, lse and gradients before their final rounding."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,0 +1,70 @@
+"""Which keys each query sees, as one contiguous range of key rows for each query row.
+
+Window attention, compressed attention and dense causal attention all have this form, on one process as under context
+parallelism: rows stand in ascending global order, so the keys that a query sees stand together, in whatever buffer they lie.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+import torch
+
+
+class Intervals:
+    """Query row t sees key rows ``begin[t] .. end[t]`` (half open, possibly none) of a buffer of ``num_keys`` rows.
+
+    Args:
+        begin: int64 [T], not descending.
+        end: int64 [T], not descending, at least ``begin``.
+        num_keys: M, rows of the key buffer.
+        device: where the index tensors for kernels live.
+    """
+
+    def __init__(self, begin: np.ndarray, end: np.ndarray, num_keys: int, device: torch.device) -> None:
+        assert len(begin) == len(end) and np.all(begin <= end)
+        assert np.all(np.diff(begin) >= 0) and np.all(np.diff(end) >= 0), "rows must stand in global order"
+        self.begin, self.end, self.num_keys, self.device = begin, end, num_keys, device
+
+    @classmethod
+    def between(cls, low: np.ndarray, high: np.ndarray, keys: np.ndarray, device: torch.device) -> Intervals:
+        """Queries that see the keys with global index in ``low[t] .. high[t]``, in a buffer that holds ``keys``, ascending."""
+        return cls(np.searchsorted(keys, low), np.searchsorted(keys, high), len(keys), device)
+
+    @cached_property
+    def of_queries(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``begin``, ``end`` as int32 tensors [T] on the device."""
+        return self._to_device(self.begin), self._to_device(self.end)
+
+    @cached_property
+    def of_keys(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """For key row j the query rows ``[0][j] .. [1][j]`` that see it, int32 [M] each: contiguous because both bounds ascend."""
+        keys = np.arange(self.num_keys)
+        first = np.searchsorted(self.end, keys, side="right")
+        last = np.searchsorted(self.begin, keys, side="right")
+        return self._to_device(first), self._to_device(np.maximum(first, last))
+
+    def query_chunks(self, heads: int, budget: int) -> list[tuple[int, int, int, int]]:
+        """Cut the queries into chunks ``(first, last, key_first, key_last)`` whose scores fit.
+
+        A chunk scores all its queries against all keys that any of them sees: at most ``budget`` elements over ``heads``
+        heads, and not much more than the keys each query sees (a long chunk in a short window would waste work).
+        """
+        chunks, row, total = [], 0, len(self.begin)
+        longest = int((self.end - self.begin).max(initial=0))
+        while row < total:
+            size = 2048
+            while size > 16:
+                last = min(row + size, total)
+                span = int(self.end[last - 1] - self.begin[row])
+                if span * (last - row) * heads <= budget and span <= 2 * longest + 64:
+                    break
+                size //= 2
+            last = min(row + size, total)
+            chunks.append((row, last, int(self.begin[row]), int(self.end[last - 1])))
+            row = last
+        return chunks
+
+    def _to_device(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values.astype(np.int32)).to(self.device, non_blocking=True)

@@ -1,0 +1,181 @@
+"""All index structures of one (layout, settings, device): made once on the host, then shared by every layer and step."""
+
+from __future__ import annotations
+
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+
+from nsa_cp.config import NSAConfig
+from nsa_cp.context_parallel import HaloRows, RowPartition, SequenceLayout
+from nsa_cp.context_parallel.layout import expand_ranges
+from nsa_cp.ops.intervals import Intervals
+
+
+class NSAPlan:
+    """Positions, intervals and owners that the stages read. Compressed tokens and blocks are numbered over all documents.
+
+    Build it with :func:`get_plan`, which keeps recent plans.
+    """
+
+    def __init__(self, layout: SequenceLayout, config: NSAConfig, device: torch.device) -> None:
+        self.layout, self.config, self.device = layout, config, device
+        lengths = np.diff(np.asarray(layout.cu_seqlens, dtype=np.int64))
+        self.compressed_counts = np.maximum(0, (lengths - config.compress_block_size) // config.compress_stride + 1)
+        self.block_counts = -(-lengths // config.select_block_size)
+        self._document_starts = np.asarray(layout.cu_seqlens[:-1], dtype=np.int64)
+        # Shapes for which all ranks have confirmed that they hold the same plan.
+        self.agreed_shapes: set[tuple] = set()
+
+    # --- documents -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def position(self) -> torch.Tensor:
+        """Position of each local row in its document, int32 [T]."""
+        return self._tensor(self.layout.local_positions)
+
+    @cached_property
+    def key_start(self) -> torch.Tensor:
+        """Global row at which each local row's document starts, int32 [T]."""
+        return self._tensor(self.layout.local_document_starts)
+
+    @cached_property
+    def document_runs(self) -> list[tuple[int, int, int]]:
+        """Maximal runs of local rows in one document: ``(first row, last row, document)``."""
+        documents = self.layout.local_documents
+        edges = np.flatnonzero(np.diff(documents, prepend=-1, append=-1)) if len(documents) else np.zeros(1, dtype=np.int64)
+        return [(int(a), int(b), int(documents[a])) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+
+    # --- compression ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def compressed_base(self) -> np.ndarray:
+        """Number of the first compressed token of each document, and the total last, int64 [documents + 1]."""
+        return np.concatenate([[0], np.cumsum(self.compressed_counts)])
+
+    @cached_property
+    def compressed_position(self) -> np.ndarray:
+        """Document position of the first token of each compressed token, int64 [C]."""
+        return expand_ranges(np.zeros_like(self.compressed_counts), self.compressed_counts) * self.config.compress_stride
+
+    @cached_property
+    def compressed_start(self) -> np.ndarray:
+        """Global row of the first token of each compressed token, int64 [C]."""
+        return self.compressed_position + np.repeat(self._document_starts, self.compressed_counts)
+
+    @cached_property
+    def compressed_partition(self) -> RowPartition:
+        """Compressed tokens by rank: a token belongs to the rank of its last row, so that only left halos are needed."""
+        owner = self.layout.row_owner[self.compressed_start + self.config.compress_block_size - 1]
+        return RowPartition(owner, self.layout.cp_size).to(self.device)
+
+    @cached_property
+    def own_compressed(self) -> np.ndarray:
+        """Numbers of the compressed tokens this rank makes, ascending int64."""
+        return self.compressed_partition.rows[self.layout.cp_rank]
+
+    @cached_property
+    def compression_halo(self) -> HaloRows:
+        """The l - 1 rows before each chunk."""
+        return HaloRows(self.layout, self.config.compress_block_size - 1).to(self.device)
+
+    @cached_property
+    def compression_starts(self) -> torch.Tensor:
+        """Row of the compression buffer at which each own compressed token starts, int32."""
+        return self._tensor(np.searchsorted(self.compression_halo.buffer_rows, self.compressed_start[self.own_compressed]))
+
+    @cached_property
+    def own_compressed_position(self) -> torch.Tensor:
+        """Document position of the first token of each own compressed token, int32: where its key is rotated."""
+        return self._tensor(self.compressed_position[self.own_compressed])
+
+    # --- compressed attention ------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _compressed_range(self) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of the compressed tokens each local query sees: token i iff i*d + l - 1 <= position."""
+        base = self.compressed_base[self.layout.local_documents]
+        last_seen = self.layout.local_positions - self.config.compress_block_size + 1
+        visible = np.maximum(0, last_seen // self.config.compress_stride + 1)
+        return base, base + visible
+
+    @cached_property
+    def compressed_intervals(self) -> Intervals:
+        """Compressed tokens each query sees in the complete buffer [C]."""
+        return Intervals(*self._compressed_range, int(self.compressed_base[-1]), self.device)
+
+    @cached_property
+    def shard_intervals(self) -> tuple[Intervals, ...]:
+        """For each rank, the compressed tokens each local query sees in the shard that rank made."""
+        return tuple(Intervals.between(*self._compressed_range, rows, self.device) for rows in self.compressed_partition.rows)
+
+    @cached_property
+    def shard_rows(self) -> tuple[torch.Tensor, ...]:
+        """For each rank, the rows of the complete buffer that its shard fills, int64."""
+        return tuple(torch.from_numpy(rows).to(self.device) for rows in self.compressed_partition.rows)
+
+    # --- window --------------------------------------------------------------------------------------------------------
+
+    @property
+    def window_halo(self) -> HaloRows:
+        """The w - 1 rows before each chunk."""
+        return get_window_plan(self.layout, self.config.window_size, self.device)[0]
+
+    @property
+    def window_intervals(self) -> Intervals:
+        """Rows of the window buffer each query sees: exactly the last w of its document, its own included."""
+        return get_window_plan(self.layout, self.config.window_size, self.device)[1]
+
+    # --- selected branch -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def row_partition(self) -> RowPartition:
+        """Raw rows by rank."""
+        return RowPartition(self.layout.row_owner, self.layout.cp_size).to(self.device)
+
+    @cached_property
+    def block_base(self) -> torch.Tensor:
+        """Number of the first block of each local query's document, int32 [T]."""
+        base = np.cumsum(self.block_counts) - self.block_counts
+        return self._tensor(base[self.layout.local_documents])
+
+    @cached_property
+    def block_start(self) -> torch.Tensor:
+        """Global row at which each block starts, int32 [blocks of all documents]."""
+        return self._tensor(self._block_start)
+
+    @cached_property
+    def _block_start(self) -> np.ndarray:
+        within = expand_ranges(np.zeros_like(self.block_counts), self.block_counts) * self.config.select_block_size
+        return within + np.repeat(self._document_starts, self.block_counts)
+
+    @cached_property
+    def max_blocks(self) -> int:
+        """Most blocks any document has."""
+        return int(self.block_counts.max(initial=0))
+
+    @cached_property
+    def block_is_remote(self) -> torch.Tensor:
+        """Whether a block has a row that another rank holds, bool [blocks of all documents]."""
+        foreign = np.concatenate([[0], np.cumsum(self.layout.row_owner != self.layout.cp_rank)])
+        document_end = np.repeat(np.asarray(self.layout.cu_seqlens[1:]), self.block_counts)
+        end = np.minimum(self._block_start + self.config.select_block_size, document_end)
+        return torch.from_numpy(foreign[end] > foreign[self._block_start]).to(self.device)
+
+    def _tensor(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values).astype(np.int32)).to(self.device, non_blocking=True)
+
+
+@lru_cache(maxsize=32)
+def get_plan(layout: SequenceLayout, config: NSAConfig, device: torch.device) -> NSAPlan:
+    """The plan of a layout and settings on a device; the most recent ones are kept."""
+    return NSAPlan(layout, config, device)
+
+
+@lru_cache(maxsize=32)
+def get_window_plan(layout: SequenceLayout, window_size: int, device: torch.device) -> tuple[HaloRows, Intervals]:
+    """Halo and intervals of a sliding window of ``window_size`` keys, the query's own included; recent ones are kept."""
+    halo, rows = HaloRows(layout, window_size - 1), layout.local_rows
+    first = np.maximum(layout.local_document_starts, rows - window_size + 1)
+    return halo.to(device), Intervals.between(first, rows + 1, halo.buffer_rows, device)

@@ -1,0 +1,232 @@
+"""The stages as public functions: packed tensors in, (out, lse) out, differentiable, on one process.
+
+The whole pipeline, also under context parallelism, is ``native_sparse_attention``; these are its parts for those who study
+or recombine them. Shapes: T tokens, N query heads, G groups, C compressed tokens, n selected blocks. ``cu_seqlens`` are
+document borders on the host, starting at 0; None is one document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from nsa_cp.config import Backend, NSAConfig, RotaryConfig
+from nsa_cp.context_parallel import SequenceLayout
+from nsa_cp.ops.checks import check_heads, check_rows
+from nsa_cp.ops.compression import CompressorWeights, compress
+from nsa_cp.ops.dispatch import resolve_backend
+from nsa_cp.ops.gating import combine_backward, combine_forward
+from nsa_cp.ops.interval_attention import interval_attention_backward, interval_attention_forward
+from nsa_cp.ops.intervals import Intervals
+from nsa_cp.ops.plan import NSAPlan, get_plan
+from nsa_cp.ops.rope import apply_rope, rotary_tables
+from nsa_cp.ops.selected import selected_attention_backward, selected_attention_forward
+from nsa_cp.ops.selection import select_blocks_forward
+
+
+class IntervalAttention(torch.autograd.Function):
+    """Differentiable interval attention: q, k, v, the intervals and the resolved backend in, (out, lse) out."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, intervals: Intervals, backend: str):  # noqa: ANN001, ANN205
+        out, lse = interval_attention_forward(q, k, v, intervals, backend)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.intervals, ctx.backend = intervals, backend
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, grad, grad_lse):  # noqa: ANN001, ANN205
+        q, k, v, out, lse = ctx.saved_tensors
+        delta = (grad.to(lse.dtype) * out).sum(-1) - grad_lse
+        gradients = interval_attention_backward(q, k, v, grad, lse, delta, None, ctx.intervals, ctx.backend)
+        return *(g.to(q.dtype) for g in gradients), None, None
+
+
+class _SelectedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, blocks, plan: NSAPlan, backend: str):  # noqa: ANN001, ANN205
+        out, lse = selected_attention_forward(q, k, v, blocks, plan, backend)
+        ctx.save_for_backward(q, k, v, blocks, out, lse)
+        ctx.plan, ctx.backend = plan, backend
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, grad, grad_lse):  # noqa: ANN001, ANN205
+        q, k, v, blocks, out, lse = ctx.saved_tensors
+        delta = (grad.to(lse.dtype) * out).sum(-1) - grad_lse
+        gradients = selected_attention_backward(q, k, v, grad, lse, delta, None, blocks, ctx.plan, ctx.backend)
+        return *(g.to(q.dtype) for g in gradients), None, None, None
+
+
+class _CombineBranches(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gates, *outs):  # noqa: ANN001, ANN205
+        ctx.save_for_backward(gates, *outs)
+        return combine_forward(outs, gates)
+
+    @staticmethod
+    def backward(ctx, grad):  # noqa: ANN001, ANN205
+        gates, *outs = ctx.saved_tensors
+        gradients = combine_backward(grad, outs, gates)
+        return gradients.dgates, *((g[..., None] * grad).to(grad.dtype) for g in gradients.gate)
+
+
+def compress_kv(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_weights: CompressorWeights,
+    v_weights: CompressorWeights,
+    config: NSAConfig,
+    cu_seqlens: Sequence[int] | None = None,
+    rotary: RotaryConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compressed keys and values [C, G, Dk], [C, G, Dv] (paper section 3.3.1).
+
+    Args:
+        k: [T, G, Dk]. v: [T, G, Dv].
+        k_weights, v_weights: see ``compress``.
+        rotary: given, compressed key i is rotated at position i * d of its document.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    check_rows(k=k, v=v)
+    plan = _plan(k, config, cu_seqlens)
+    k_cmp, v_cmp = compress(k, plan.compression_starts, k_weights, config), compress(v, plan.compression_starts, v_weights, config)
+    if rotary is not None:
+        k_cmp = apply_rope(k_cmp, *rotary_tables(plan.own_compressed_position, rotary, k.shape[-1], _table_dtype(k)))
+    return k_cmp, v_cmp
+
+
+def compressed_attention(
+    q: torch.Tensor,
+    k_cmp: torch.Tensor,
+    v_cmp: torch.Tensor,
+    config: NSAConfig,
+    cu_seqlens: Sequence[int] | None = None,
+    backend: Backend = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention over the compressed tokens whose block is complete: token i iff i*d + l - 1 <= t (paper section 3.3.1).
+
+    Args:
+        q: [T, N, Dk]. k_cmp: [C, G, Dk]. v_cmp: [C, G, Dv].
+
+    Returns:
+        ``out`` [T, N, Dv] and ``lse`` [T, N], natural logarithm; 0 and -inf where a query sees nothing.
+
+    Raises:
+        ValueError: shapes that do not fit together, or a backend that cannot run here.
+    """
+    check_heads(q, k_cmp, v_cmp)
+    plan = _plan(q, config, cu_seqlens)
+    check_rows(k_cmp=k_cmp, v_cmp=v_cmp, expected=plan.compressed_intervals.num_keys)
+    return IntervalAttention.apply(q, k_cmp, v_cmp, plan.compressed_intervals, resolve_backend(backend, q))
+
+
+def select_blocks(
+    q: torch.Tensor,
+    k_cmp: torch.Tensor,
+    config: NSAConfig,
+    cu_seqlens: Sequence[int] | None = None,
+    lse: torch.Tensor | None = None,
+    backend: Backend = "auto",
+) -> torch.Tensor:
+    """The n blocks each query attends to, shared by the heads of a group (paper section 3.3.2, eq. 8 to 12); no gradient.
+
+    Args:
+        q: [T, N, Dk]. k_cmp: [C, G, Dk].
+        lse: [T, N] from :func:`compressed_attention`; computed when not given and needed.
+
+    Returns:
+        int32 [T, G, n], block numbers within the document, ascending, -1 padded; ties go to the lowest index.
+
+    Raises:
+        ValueError: shapes that do not fit together, or a backend that cannot run here.
+    """
+    check_heads(q, k_cmp)
+    plan = _plan(q, config, cu_seqlens)
+    check_rows(k_cmp=k_cmp, expected=plan.compressed_intervals.num_keys)
+    resolved = resolve_backend(backend, q)
+    if lse is None and resolved == "triton":
+        _, lse = interval_attention_forward(q, k_cmp, k_cmp, plan.compressed_intervals, resolved)
+    return select_blocks_forward(q, k_cmp, lse, plan, resolved)
+
+
+def selected_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    blocks: torch.Tensor,
+    config: NSAConfig,
+    cu_seqlens: Sequence[int] | None = None,
+    backend: Backend = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal softmax attention over the tokens of the chosen blocks (paper section 3.3.2).
+
+    Args:
+        q: [T, N, Dk]. k: [T, G, Dk]. v: [T, G, Dv].
+        blocks: int32 [T, G, n] as :func:`select_blocks` gives them.
+
+    Returns:
+        ``out`` [T, N, Dv] and ``lse`` [T, N], natural logarithm.
+
+    Raises:
+        ValueError: shapes that do not fit together, or a backend that cannot run here.
+    """
+    check_heads(q, k, v)
+    check_rows(q=q, k=k, v=v, blocks=blocks)
+    return _SelectedAttention.apply(q, k, v, blocks, _plan(q, config, cu_seqlens), resolve_backend(backend, q))
+
+
+def window_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    config: NSAConfig,
+    cu_seqlens: Sequence[int] | None = None,
+    backend: Backend = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal softmax attention over the last w tokens, the query's own included (paper section 3.3.3).
+
+    Args:
+        q: [T, N, Dk]. k: [T, G, Dk]. v: [T, G, Dv].
+
+    Returns:
+        ``out`` [T, N, Dv] and ``lse`` [T, N], natural logarithm; 0 and -inf when w is 0.
+
+    Raises:
+        ValueError: shapes that do not fit together, or a backend that cannot run here.
+    """
+    check_heads(q, k, v)
+    check_rows(q=q, k=k, v=v)
+    return IntervalAttention.apply(q, k, v, _plan(q, config, cu_seqlens).window_intervals, resolve_backend(backend, q))
+
+
+def combine_branches(outs: Sequence[torch.Tensor], gates: torch.Tensor) -> torch.Tensor:
+    """The gated sum of the branches (paper eq. 5).
+
+    Args:
+        outs: [T, N, Dv] each, in the order compressed, selected, window.
+        gates: [T, N or 1, 3] in (0, 1).
+
+    Returns:
+        [T, N, Dv] in the dtype of the branches.
+
+    Raises:
+        ValueError: gates that do not match the branches.
+    """
+    check_rows(gates=gates, **{f"outs[{b}]": out for b, out in enumerate(outs)})
+    if gates.shape[1:] not in ((outs[0].shape[1], len(outs)), (1, len(outs))):
+        raise ValueError(f"gates {tuple(gates.shape)} do not match {len(outs)} branches of {outs[0].shape[1]} heads")
+    return _CombineBranches.apply(gates, *outs)
+
+
+def _plan(x: torch.Tensor, config: NSAConfig, cu_seqlens: Sequence[int] | None) -> NSAPlan:
+    layout = SequenceLayout.build(x.shape[0] if cu_seqlens is None else cu_seqlens)
+    check_rows(x=x, expected=layout.num_tokens)
+    return get_plan(layout, config, x.device)
+
+
+def _table_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
