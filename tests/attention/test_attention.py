@@ -1,0 +1,151 @@
+"""The layer-facing attentions: NSA module, dense and sliding window, against the oracle and across context-parallel ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from nsa_cp import reference
+from nsa_cp.attention import NativeSparseAttention, full_attention, sliding_window_attention
+from nsa_cp.config import NSAConfig, RotaryConfig
+from nsa_cp.context_parallel import SequenceLayout
+from nsa_cp.testing import assert_close
+from nsa_cp.testing.cases import join_shards
+
+CONFIG = NSAConfig(
+    compress_block_size=8, compress_stride=4, select_block_size=8, num_selected_blocks=4, window_size=11, backend="torch"
+)
+ROTARY = RotaryConfig()
+PACKED = (0, 0, 1, 8, 15, 60, 69)
+WINDOW = 13
+
+
+def full(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout, group: dist.ProcessGroup | None) -> torch.Tensor:
+    return full_attention(q, k, v, layout, rotary=ROTARY, cp_group=group)
+
+
+def window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout, group: dist.ProcessGroup | None) -> torch.Tensor:
+    return sliding_window_attention(q, k, v, layout, window_size=WINDOW, rotary=ROTARY, cp_group=group)
+
+
+def full_oracle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, borders: tuple[int, ...]) -> torch.Tensor:
+    return reference.reference_full_attention(q, k, v, borders)[0]
+
+
+def window_oracle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, borders: tuple[int, ...]) -> torch.Tensor:
+    return reference.reference_window_attention(q, k, v, NSAConfig(window_size=WINDOW), borders)[0]
+
+
+DENSE = {"full": (full, full_oracle), "window": (window, window_oracle)}
+
+
+def _inputs(tokens: int) -> list[torch.Tensor]:
+    torch.manual_seed(7)
+    shapes = [(tokens, 4, 16), (tokens, 2, 16), (tokens, 2, 12), (tokens, 4, 12)]
+    return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+
+
+def _answers(attention: Callable, inputs: list[torch.Tensor], grad: torch.Tensor, *args: object) -> dict[str, torch.Tensor]:
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = attention(*inputs, *args)
+    return dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *torch.autograd.grad(out, inputs, grad)), strict=True))
+
+
+def _dense_on_rank(rank: int, world_size: int, name: str, kind: str, per_document: bool) -> dict[str, torch.Tensor]:
+    layout = SequenceLayout.build(PACKED, cp_size=world_size, cp_rank=rank, kind=kind, per_document=per_document)
+    *inputs, grad = map(layout.shard, _inputs(PACKED[-1]))
+    return _answers(DENSE[name][0], inputs, grad, layout, dist.group.WORLD)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_dense_layers_equal_the_oracle_at_any_world_size(workers, world_size: int, name: str, kind: str) -> None:
+    *inputs, grad = _inputs(PACKED[-1])
+    borders = torch.tensor(PACKED)
+    rows = torch.arange(PACKED[-1])
+    positions = rows - borders[torch.searchsorted(borders[1:], rows, right=True)]
+
+    def oracle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        rotated = (reference.reference_rope(x, positions, ROTARY) for x in (q, k))
+        return DENSE[name][1](*rotated, v, PACKED)
+
+    expected = _answers(oracle, inputs, grad)
+    for per_document in (True, False):
+        shards = workers(world_size).run(_dense_on_rank, name, kind, per_document)
+        layout = SequenceLayout.build(PACKED, cp_size=world_size, kind=kind, per_document=per_document)
+        assert_close(join_shards(shards, layout), expected, rtol=1e-10, atol=1e-10, name=f"{name} {kind}")
+
+
+def _module(group: dist.ProcessGroup | None = None, **changes: object) -> NativeSparseAttention:
+    generator = torch.Generator().manual_seed(3)
+    return NativeSparseAttention(
+        CONFIG, num_attention_heads=4, num_query_groups=2, qk_dim=16, v_dim=12, rotary=ROTARY, cp_group=group,
+        generator=generator, dtype=torch.float64, **changes,
+    )  # fmt: skip
+
+
+def _module_inputs(tokens: int) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    torch.manual_seed(11)
+    make = lambda heads, dim: torch.randn(tokens, heads, dim, dtype=torch.float64)  # noqa: E731
+    return make(4, 16), [make(2, 16) for _ in range(3)], [make(2, 12) for _ in range(3)], make(4, 3)
+
+
+def _module_on_rank(rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
+    layout = SequenceLayout.build(96, cp_size=world_size, cp_rank=rank)
+    module = _module(dist.group.WORLD)
+    module.record_selection = True
+    q, k, v, logits = _module_inputs(96)
+    out = module(layout.shard(q), list(map(layout.shard, k)), list(map(layout.shard, v)), layout.shard(logits), layout)
+    return out.detach(), module.last_selection, {name: float(value) for name, value in module.last_metrics.items()}
+
+
+@pytest.mark.distributed
+def test_module_equals_the_oracle_and_counts_remote_blocks(workers) -> None:
+    q, k, v, logits = _module_inputs(96)
+    module = _module()
+    expected = reference.reference_native_sparse_attention(
+        q, tuple(k), tuple(v), logits.sigmoid(), module.k_compressor.weights, module.v_compressor.weights, CONFIG, rotary=ROTARY
+    )
+    alone = module(q, k, v, logits, SequenceLayout.build(96))
+    assert_close(alone.detach(), expected.out.detach(), atol=1e-10)
+    assert float(module.last_metrics["remote_block_fraction"]) == 0.0
+
+    results = workers(2).run(_module_on_rank)
+    layouts = [SequenceLayout.build(96, cp_size=2, cp_rank=rank) for rank in range(2)]
+    assert_close(layouts[0].unshard([result[0] for result in results]), expected.out.detach(), atol=1e-10)
+    assert torch.equal(layouts[0].unshard([result[1] for result in results]), expected.blocks)
+    for layout, (_, selection, metrics) in zip(layouts, results, strict=True):
+        own = set(layout.local_rows.tolist())
+        chosen = selection[selection >= 0].tolist()
+        remote = sum(not set(range(block * 8, block * 8 + 8)) <= own for block in chosen)
+        assert metrics["remote_block_fraction"] == pytest.approx(remote / len(chosen))
+        assert metrics["gate_window"] == pytest.approx(float(layout.shard(logits).sigmoid()[..., 2].mean()), rel=1e-6)
+
+
+def test_gradients_reach_every_compressor_parameter() -> None:
+    module = _module()
+    q, k, v, logits = _module_inputs(96)
+    module(q, k, v, logits, SequenceLayout.build(96)).square().sum().backward()
+    gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
+    assert set(gradients) == {f"{x}_compressor.{name}" for x in "kv" for name in ("position", "w1", "w2")}
+    # With w2 = 0 at the start only w2 feels a gradient: phi is exactly the block mean.
+    assert all((gradient is not None and (gradient.abs().max() > 0) == name.endswith("w2")) for name, gradient in gradients.items())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: NativeSparseAttention(CONFIG, num_attention_heads=5, num_query_groups=2, qk_dim=8), "5 is not"),
+        (lambda: window(*_inputs(20)[:3], SequenceLayout.build(24), None), "20 rows.* 24"),
+        (lambda: full(*_inputs(24)[:3], SequenceLayout.build(48, cp_size=2), None), "cut for 2 ranks, the process group has 1"),
+        (lambda: sliding_window_attention(*_inputs(8)[:3], SequenceLayout.build(8), window_size=0), "window_size = 0"),
+    ],
+)
+def test_refusals(call: Callable, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
