@@ -199,7 +199,7 @@ def _stage(case: Case, stage: str, x: AttentionInputs) -> Callable[[AttentionInp
             window_attention(x.q, x.k[win], x.v[win], config, backend=config.backend)[0],
             [x.q, x.k[win], x.v[win]],
         ),
-        "gating": lambda x: (combine_branches(outs, x.gates), [*outs, x.gates]),
+        "gating": lambda x: (combine_branches(outs, x.gates, config.backend), [*outs, x.gates]),
     }[stage]
 
 

@@ -22,20 +22,36 @@ class GateGradients(NamedTuple):
     delta: tuple[torch.Tensor, ...]
 
 
-def combine_forward(outs: Sequence[torch.Tensor], gates: torch.Tensor) -> torch.Tensor:
+def combine_forward(outs: Sequence[torch.Tensor], gates: torch.Tensor, backend: str) -> torch.Tensor:
     """``sum_b gates[..., b] * outs[b]``: outs [T, N, Dv] each, gates [T, N or 1, branches] in (0, 1); dtype of outs[0]."""
+    if backend == "triton":
+        from nsa_cp.kernels.gating.forward import combine_forward as kernel
+
+        return kernel(outs, gates)
     accumulator = accumulator_dtype(outs[0])
     total = sum(out.to(accumulator) * gates[..., b, None] for b, out in enumerate(outs))
     return total.to(outs[0].dtype)
 
 
-def combine_backward(grad: torch.Tensor, outs: Sequence[torch.Tensor], gates: torch.Tensor) -> GateGradients:
+def combine_backward(
+    grad: torch.Tensor, outs: Sequence[torch.Tensor], gates: torch.Tensor, backend: str
+) -> GateGradients:
     """Row sums r_b = sum(grad * out_b): the gates' gradient is r_b, the softmax delta of branch b is gate_b * r_b."""
     accumulator = accumulator_dtype(grad)
-    heads = grad.shape[1]
+    gate = tuple(g.expand(-1, grad.shape[1]) for g in gates.to(accumulator).unbind(-1))
+    if backend == "triton":
+        from nsa_cp.kernels.gating.backward import combine_backward as kernel
+
+        dgates, delta = kernel(grad, outs, gates)
+        return GateGradients(dgates.to(gates.dtype), gate, delta)
     row_sums = [(grad.to(accumulator) * out).sum(-1) for out in outs]
-    gate = tuple(g.expand(-1, heads).contiguous() for g in gates.to(accumulator).unbind(-1))
     dgates = torch.stack(row_sums, -1)
     if gates.shape[1] == 1:
         dgates = dgates.sum(1, keepdim=True)
     return GateGradients(dgates.to(gates.dtype), gate, tuple(g * r for g, r in zip(gate, row_sums, strict=True)))
+
+
+def softmax_delta(grad: torch.Tensor, out: torch.Tensor, grad_lse: torch.Tensor, backend: str) -> torch.Tensor:
+    """``sum(grad * out) - grad_lse`` [T, N]: what an attention that returns its lse too starts its backward from."""
+    ungated = grad.new_ones(1, 1, 1).expand(grad.shape[0], 1, 1)
+    return combine_backward(grad, [out], ungated, backend).delta[0] - grad_lse

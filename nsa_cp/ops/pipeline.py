@@ -152,7 +152,7 @@ class _NativeSparseAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, blocks, *outs, *lses, *weights)
         ctx.call = call
         ctx.mark_non_differentiable(blocks, *lses)
-        return combine_forward(outs, gates), blocks, *lses
+        return combine_forward(outs, gates, backend), blocks, *lses
 
     @staticmethod
     def backward(ctx, grad, *_):  # noqa: ANN001, ANN205
@@ -163,7 +163,7 @@ class _NativeSparseAttention(torch.autograd.Function):
         plan, backend = call.plan, call.backend
         halo = call.halo_exchange()
         halo.start([k_cmp, v_cmp, k_win, v_win])
-        gate_gradients = combine_backward(grad, outs, gates)
+        gate_gradients = combine_backward(grad, outs, gates, backend)
         upstream = [(grad, lse, delta, gate) for lse, delta, gate in zip(lses, gate_gradients.delta, gate_gradients.gate, strict=True)]
         k_buffer, v_buffer, k_window, v_window = halo.wait()
         compression = _RecomputedCompression(call, k_buffer, v_buffer, weights)
@@ -305,7 +305,7 @@ def _check_inputs(
 def _agree(plan: NSAPlan, q: torch.Tensor, v: torch.Tensor, group: dist.ProcessGroup | None) -> None:
     """Once for each plan and shape, let the ranks compare what they are about to do."""
     shape = (*q.shape[1:], *v.shape[1:], q.dtype)
-    if group_size(group) > 1 and shape not in plan.agreed_shapes:
+    if group_size(group) > 1 and (group.group_name, shape) not in plan.agreed_shapes:
         description = f"documents {plan.layout.cu_seqlens}, chunks {plan.layout.chunks}, heads and channels {shape}, {plan.config}"
         check_agreement(description, group, q.device)
-        plan.agreed_shapes.add(shape)
+        plan.agreed_shapes.add((group.group_name, shape))

@@ -25,7 +25,7 @@ class NSAPlan:
         self.compressed_counts = np.maximum(0, (lengths - config.compress_block_size) // config.compress_stride + 1)
         self.block_counts = -(-lengths // config.select_block_size)
         self._document_starts = np.asarray(layout.cu_seqlens[:-1], dtype=np.int64)
-        # Shapes for which all ranks have confirmed that they hold the same plan.
+        # (group, shape) pairs for which all ranks have confirmed that they hold the same plan.
         self.agreed_shapes: set[tuple] = set()
 
     # --- documents -----------------------------------------------------------------------------------------------------

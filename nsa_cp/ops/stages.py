@@ -16,7 +16,7 @@ from nsa_cp.context_parallel import SequenceLayout
 from nsa_cp.ops.checks import check_heads, check_rows
 from nsa_cp.ops.compression import CompressorWeights, compress
 from nsa_cp.ops.dispatch import resolve_backend
-from nsa_cp.ops.gating import combine_backward, combine_forward
+from nsa_cp.ops.gating import combine_backward, combine_forward, softmax_delta
 from nsa_cp.ops.interval_attention import interval_attention_backward, interval_attention_forward
 from nsa_cp.ops.intervals import Intervals
 from nsa_cp.ops.plan import NSAPlan, get_plan
@@ -38,7 +38,7 @@ class IntervalAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, grad_lse):  # noqa: ANN001, ANN205
         q, k, v, out, lse = ctx.saved_tensors
-        delta = (grad.to(lse.dtype) * out).sum(-1) - grad_lse
+        delta = softmax_delta(grad, out, grad_lse, ctx.backend)
         gradients = interval_attention_backward(q, k, v, grad, lse, delta, None, ctx.intervals, ctx.backend)
         return *(g.to(q.dtype) for g in gradients), None, None
 
@@ -54,22 +54,23 @@ class _SelectedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, grad_lse):  # noqa: ANN001, ANN205
         q, k, v, blocks, out, lse = ctx.saved_tensors
-        delta = (grad.to(lse.dtype) * out).sum(-1) - grad_lse
+        delta = softmax_delta(grad, out, grad_lse, ctx.backend)
         gradients = selected_attention_backward(q, k, v, grad, lse, delta, None, blocks, ctx.plan, ctx.backend)
         return *(g.to(q.dtype) for g in gradients), None, None, None
 
 
 class _CombineBranches(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gates, *outs):  # noqa: ANN001, ANN205
+    def forward(ctx, gates, backend: str, *outs):  # noqa: ANN001, ANN205
         ctx.save_for_backward(gates, *outs)
-        return combine_forward(outs, gates)
+        ctx.backend = backend
+        return combine_forward(outs, gates, backend)
 
     @staticmethod
     def backward(ctx, grad):  # noqa: ANN001, ANN205
         gates, *outs = ctx.saved_tensors
-        gradients = combine_backward(grad, outs, gates)
-        return gradients.dgates, *((g[..., None] * grad).to(grad.dtype) for g in gradients.gate)
+        gradients = combine_backward(grad, outs, gates, ctx.backend)
+        return gradients.dgates, None, *((g[..., None] * grad).to(grad.dtype) for g in gradients.gate)
 
 
 def compress_kv(
@@ -203,7 +204,7 @@ def window_attention(
     return IntervalAttention.apply(q, k, v, _plan(q, config, cu_seqlens).window_intervals, resolve_backend(backend, q))
 
 
-def combine_branches(outs: Sequence[torch.Tensor], gates: torch.Tensor) -> torch.Tensor:
+def combine_branches(outs: Sequence[torch.Tensor], gates: torch.Tensor, backend: Backend = "auto") -> torch.Tensor:
     """The gated sum of the branches (paper eq. 5).
 
     Args:
@@ -214,12 +215,12 @@ def combine_branches(outs: Sequence[torch.Tensor], gates: torch.Tensor) -> torch
         [T, N, Dv] in the dtype of the branches.
 
     Raises:
-        ValueError: gates that do not match the branches.
+        ValueError: gates that do not match the branches, or a backend that cannot run here.
     """
     check_rows(gates=gates, **{f"outs[{b}]": out for b, out in enumerate(outs)})
     if gates.shape[1:] not in ((outs[0].shape[1], len(outs)), (1, len(outs))):
         raise ValueError(f"gates {tuple(gates.shape)} do not match {len(outs)} branches of {outs[0].shape[1]} heads")
-    return _CombineBranches.apply(gates, *outs)
+    return _CombineBranches.apply(gates, resolve_backend(backend, outs[0]), *outs)
 
 
 def _plan(x: torch.Tensor, config: NSAConfig, cu_seqlens: Sequence[int] | None) -> NSAPlan:

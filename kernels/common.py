@@ -1,0 +1,151 @@
+"""Pieces that every stage's kernels share: tiles of rows, widths that are no power of two, and the launchers' small helpers.
+
+A query tile is ``TOKENS`` adjacent tokens times the ``HEADS`` query heads of one K/V group, flattened to at most ``ROWS`` rows
+(row r is token r // HEADS, head r % HEADS). Rows past the end repeat the last token, so that loads need no mask; stores do.
+
+A head of width D is held as a power-of-two part and, where that saves work, a second one: 192 is 128 + 64, 96 is 64 + 32.
+Widths that still do not fit are padded with zero columns.
+
+Addresses are 64-bit everywhere: 256k tokens x 64 heads x 128 channels pass 2^31 elements.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+INT_MAX = tl.constexpr(2147483647)
+
+
+def split_width(width: int) -> tuple[int, int]:
+    """Power-of-two column counts ``(head, tail)`` that cover ``width`` columns; tail is 0 or at least 16.
+
+    A matrix product needs at least 16 columns. ``head + tail`` exceeds ``width`` only where no such pair is exact.
+    """
+    head = max(16, 1 << (width.bit_length() - 1))
+    if head >= width:
+        return head, 0
+    tail = max(16, triton.next_power_of_2(width - head))
+    return (head, tail) if tail < head else (2 * head, 0)
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    """``x``, copied only where its last dimension is not contiguous; other strides are the kernels' business."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def accumulator(dq: torch.Tensor | None, shape: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, bool]:
+    """The float32 tensor a kernel leaves dq in, and whether it adds to what is there.
+
+    Raises:
+        ValueError: ``dq`` has another shape or dtype.
+    """
+    if dq is None:
+        return torch.empty(shape, dtype=torch.float32, device=device), False
+    if tuple(dq.shape) != tuple(shape) or dq.dtype != torch.float32 or dq.stride(-1) != 1:
+        raise ValueError(
+            f"dq must be float32 of shape {tuple(shape)} with contiguous channels; got {dq.dtype}, {tuple(dq.shape)}"
+        )
+    return dq, True
+
+
+def gate_arguments(gate: torch.Tensor | None, like: torch.Tensor) -> tuple[torch.Tensor, int, int, bool]:
+    """Pointer, strides and presence of a row factor [T, N]; a gate shared by all heads comes expanded, with stride 0."""
+    return (like, 0, 0, False) if gate is None else (gate, gate.stride(0), gate.stride(1), True)
+
+
+def check_heads(num_heads: int, num_groups: int) -> int:
+    """Query heads of one K/V group.
+
+    Raises:
+        ValueError: the heads do not divide over the groups.
+    """
+    if num_groups < 1 or num_heads % num_groups:
+        raise ValueError(f"{num_heads} query heads do not divide over {num_groups} K/V groups")
+    return num_heads // num_groups
+
+
+@triton.jit
+def tile_rows(tile, group, num_tokens, HEADS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr):
+    """Token and head of every row of a query tile, and whether the row exists (others repeat the last token)."""
+    row = tl.arange(0, ROWS)
+    wanted = tile * TOKENS + row // HEADS
+    token = tl.minimum(tl.minimum(wanted, tile * TOKENS + TOKENS - 1), num_tokens - 1)
+    head = group * HEADS + row % HEADS
+    return token, head, wanted == token
+
+
+@triton.jit
+def load_tile(
+    base, offsets, keep, FIRST: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr
+):
+    """Columns FIRST .. FIRST + COLUMNS of the rows at ``base + offsets``; 0 past WIDTH and, if MASKED, in rows not kept."""
+    column = FIRST + tl.arange(0, COLUMNS)
+    pointers = base + offsets[:, None] + column[None, :]
+    if MASKED:
+        if FIRST + COLUMNS > WIDTH:
+            tile = tl.load(pointers, mask=keep[:, None] & (column < WIDTH)[None, :], other=0.0)
+        else:
+            tile = tl.load(pointers, mask=keep[:, None], other=0.0)
+    else:
+        if FIRST + COLUMNS > WIDTH:
+            tile = tl.load(pointers, mask=(column < WIDTH)[None, :], other=0.0)
+        else:
+            tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def load_wide(
+    base, offsets, keep, HEAD: tl.constexpr, TAIL: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr
+):
+    """Both column parts of rows; without a tail the second value is a stand-in that nothing reads."""
+    head = load_tile(base, offsets, keep, 0, HEAD, WIDTH, MASKED)
+    if TAIL > 0:
+        tail = load_tile(base, offsets, keep, HEAD, TAIL, WIDTH, MASKED)
+    else:
+        tail = 0.0
+    return head, tail
+
+
+@triton.jit
+def store_tile(
+    base, offsets, keep, tile, FIRST: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, ACCUMULATE: tl.constexpr
+):
+    """Write (or add) the kept rows of a tile at ``base + offsets``, in the element type of ``base``."""
+    column = FIRST + tl.arange(0, COLUMNS)
+    pointers = base + offsets[:, None] + column[None, :]
+    mask = keep[:, None] & (column < WIDTH)[None, :]
+    if ACCUMULATE:
+        tile += tl.load(pointers, mask=mask, other=0.0)
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def dot_wide(a, a_tail, b, b_tail, TAIL: tl.constexpr, PRECISION: tl.constexpr):
+    """a @ b^T over both column parts, float32."""
+    product = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    if TAIL > 0:
+        product = tl.dot(a_tail, tl.trans(b_tail), product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def zeros_wide(ROWS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
+    """Float32 accumulators of both column parts; without a tail the second is a scalar that nothing changes."""
+    head = tl.zeros([ROWS, HEAD], dtype=tl.float32)
+    if TAIL > 0:
+        tail = tl.zeros([ROWS, TAIL], dtype=tl.float32)
+    else:
+        tail = 0.0
+    return head, tail
+
+
+@triton.jit
+def load_lse(lse_ptr, offsets, keep):
+    """Row log-sum-exp in base 2 for the backward: +inf, which makes every probability 0, for rows that see or are nothing."""
+    lse = tl.load(lse_ptr + offsets, mask=keep, other=float("inf")) * LOG2_E
+    return tl.where(lse == float("-inf"), float("inf"), lse)

@@ -1,0 +1,1 @@
+"""The gated sum of the branches and the row sums its backward starts from."""

@@ -1,0 +1,184 @@
+"""Interval attention, forward: query-stationary tiles, online softmax in base 2 (paper sections 3.3.1 and 3.3.3).
+
+A tile walks the key rows that any of its rows sees, in key tiles cut at multiples of their size, so that a row's result does
+not depend on its neighbours in the tile. Key tiles that all rows see whole need no mask; those at the borders get one.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..common import (
+    INT_MAX,
+    LN_2,
+    LOG2_E,
+    channels_last,
+    check_heads,
+    dot_wide,
+    load_wide,
+    split_width,
+    store_tile,
+    tile_rows,
+    zeros_wide,
+)
+from ..tuning import TileConfig, tile_config
+
+
+@triton.jit
+def key_ranges(begin, end, KEYS: tl.constexpr):
+    """Where a query tile's three loops over keys start and stop, and the key rows that any of its rows sees.
+
+    Masked key tiles run over [first, full_first) and [full_last, stop), unmasked ones between. Rows of ``start .. stop``.
+    """
+    some = begin < end
+    stop = tl.max(tl.where(some, end, 0), 0)
+    start = tl.minimum(tl.min(tl.where(some, begin, INT_MAX), 0), stop)
+    first = start // KEYS * KEYS
+    last = tl.cdiv(stop, KEYS) * KEYS
+    full_first = tl.minimum(tl.maximum(tl.cdiv(tl.max(begin, 0), KEYS) * KEYS, first), last)
+    full_last = tl.minimum(tl.maximum(tl.min(end, 0) // KEYS * KEYS, full_first), last)
+    return first, full_first, full_last, start, stop
+
+
+@triton.jit
+def _attend(
+    first, last, acc, acc_tail, top, total, q, q_tail, begin, end, start, stop, scale_log2,
+    k_ptr, v_ptr, k_stride_m, v_stride_m,
+    DK: tl.constexpr, DK_HEAD: tl.constexpr, DK_TAIL: tl.constexpr,
+    DV: tl.constexpr, DV_HEAD: tl.constexpr, DV_TAIL: tl.constexpr,
+    KEYS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the key tiles of ``first .. last``; ``top`` and ``total`` are the running maximum and sum."""
+    for tile in tl.range(first, last, KEYS):
+        key = tile + tl.arange(0, KEYS)
+        offset = key.to(tl.int64)
+        keep = (key >= start) & (key < stop)
+        k, k_tail = load_wide(k_ptr, offset * k_stride_m, keep, DK_HEAD, DK_TAIL, DK, MASKED)
+        v, v_tail = load_wide(v_ptr, offset * v_stride_m, keep, DV_HEAD, DV_TAIL, DV, MASKED)
+        scores = dot_wide(q, q_tail, k, k_tail, DK_TAIL, PRECISION)
+        if MASKED:
+            visible = (key[None, :] >= begin[:, None]) & (key[None, :] < end[:, None])
+            scores = tl.where(visible, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)
+        # A row that has seen nothing yet keeps the maximum -inf; measuring from 0 then gives exp2(-inf) = 0, not NaN.
+        reference = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
+        p = tl.exp2(scores * scale_log2 - reference[:, None])
+        shrink = tl.exp2(top - reference)
+        total = total * shrink + tl.sum(p, 1)
+        p = p.to(v.dtype)
+        acc = tl.dot(p, v, acc * shrink[:, None], input_precision=PRECISION)
+        if DV_TAIL > 0:
+            acc_tail = tl.dot(p, v_tail, acc_tail * shrink[:, None], input_precision=PRECISION)
+        top = new_top
+    return acc, acc_tail, top, total
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def interval_attention_forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, begin_ptr, end_ptr,
+    q_stride_t, q_stride_h, k_stride_m, k_stride_g, v_stride_m, v_stride_g, out_stride_t, out_stride_h,
+    num_tokens, scale_log2,
+    GROUPS: tl.constexpr, HEADS: tl.constexpr,
+    DK: tl.constexpr, DK_HEAD: tl.constexpr, DK_TAIL: tl.constexpr,
+    DV: tl.constexpr, DV_HEAD: tl.constexpr, DV_TAIL: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: one query tile of one group. Late tiles, which see most in causal attention, start first."""
+    group = tl.program_id(0) % GROUPS
+    tile = tl.cdiv(num_tokens, TOKENS) - 1 - tl.program_id(0) // GROUPS
+    token, head, valid = tile_rows(tile, group, num_tokens, HEADS, TOKENS, ROWS)
+    row = token.to(tl.int64)
+    q, q_tail = load_wide(q_ptr, row * q_stride_t + head * q_stride_h, valid, DK_HEAD, DK_TAIL, DK, False)
+    begin = tl.load(begin_ptr + token)
+    end = tl.load(end_ptr + token)
+    first, full_first, full_last, start, stop = key_ranges(begin, end, KEYS)
+
+    acc, acc_tail = zeros_wide(ROWS, DV_HEAD, DV_TAIL)
+    top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([ROWS], dtype=tl.float32)
+    k_ptr += group.to(tl.int64) * k_stride_g
+    v_ptr += group.to(tl.int64) * v_stride_g
+    acc, acc_tail, top, total = _attend(
+        first, full_first, acc, acc_tail, top, total, q, q_tail, begin, end, start, stop, scale_log2,
+        k_ptr, v_ptr, k_stride_m, v_stride_m, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, KEYS, True, PRECISION,
+    )  # fmt: skip
+    acc, acc_tail, top, total = _attend(
+        full_first, full_last, acc, acc_tail, top, total, q, q_tail, begin, end, start, stop, scale_log2,
+        k_ptr, v_ptr, k_stride_m, v_stride_m, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, KEYS, False, PRECISION,
+    )  # fmt: skip
+    acc, acc_tail, top, total = _attend(
+        full_last, stop, acc, acc_tail, top, total, q, q_tail, begin, end, start, stop, scale_log2,
+        k_ptr, v_ptr, k_stride_m, v_stride_m, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, KEYS, True, PRECISION,
+    )  # fmt: skip
+
+    finish_rows(
+        acc, acc_tail, top, total, row, head, valid, out_ptr, lse_ptr, out_stride_t, out_stride_h,
+        GROUPS * HEADS, DV, DV_HEAD, DV_TAIL,
+    )  # fmt: skip
+
+
+@triton.jit
+def finish_rows(
+    acc, acc_tail, top, total, row, head, valid, out_ptr, lse_ptr, out_stride_t, out_stride_h,
+    NUM_HEADS: tl.constexpr, DV: tl.constexpr, DV_HEAD: tl.constexpr, DV_TAIL: tl.constexpr,
+):  # fmt: skip
+    """Divide by the softmax sums and write out and lse; a row that saw nothing has out 0 and lse -inf."""
+    divisor = tl.where(total > 0, total, 1.0)
+    offset = row * out_stride_t + head * out_stride_h
+    store_tile(out_ptr, offset, valid, acc / divisor[:, None], 0, DV_HEAD, DV, False)
+    if DV_TAIL > 0:
+        store_tile(out_ptr, offset, valid, acc_tail / divisor[:, None], DV_HEAD, DV_TAIL, DV, False)
+    lse = tl.where(total > 0, (top + tl.log2(divisor)) * LN_2, float("-inf"))
+    tl.store(lse_ptr + row * NUM_HEADS + head, lse, mask=valid)
+
+
+def interval_attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    begin: torch.Tensor,
+    end: torch.Tensor,
+    scale: float,
+    *,
+    config: TileConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(scale * q k^T) v over each query's own range of key rows.
+
+    Args:
+        q: [T, N, Dk]; query head h reads K/V group h // (N / G). float16, bfloat16 or float32; any strides.
+        k: [M, G, Dk]. v: [M, G, Dv].
+        begin, end: int32 [T], query row t sees key rows ``begin[t] .. end[t]``, half open, none if ``begin[t] >= end[t]``.
+            Any values within 0 .. M are right; ranges of neighbouring rows that overlap are fast.
+        scale: positive factor of the scores.
+        config: tile shape instead of the table's.
+
+    Returns:
+        ``out`` [T, N, Dv] in the dtype of q and ``lse`` float32 [T, N], natural logarithm; 0 and -inf where nothing is seen.
+
+    Raises:
+        ValueError: the heads do not divide over the groups, the scale is not positive, or heads are wider than supported.
+    """
+    tokens, num_heads, dk = q.shape
+    groups, dv = k.shape[1], v.shape[2]
+    heads = check_heads(num_heads, groups)
+    if scale <= 0:
+        raise ValueError(f"scale = {scale} must be positive")
+    out = torch.empty(tokens, num_heads, dv, dtype=q.dtype, device=q.device)
+    lse = torch.empty(tokens, num_heads, dtype=torch.float32, device=q.device)
+    if tokens == 0:
+        return out, lse
+    config = config or tile_config("interval_forward", q.dtype, q.device, heads, max(dk, dv))
+    q, k, v = channels_last(q), channels_last(k), channels_last(v)
+    (dk_head, dk_tail), (dv_head, dv_tail) = split_width(dk), split_width(dv)
+    tile_tokens = config.tokens(heads)
+    interval_attention_forward_kernel[(triton.cdiv(tokens, tile_tokens) * groups,)](
+        q, k, v, out, lse, begin, end,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2],
+        tokens, scale * LOG2_E.value,
+        GROUPS=groups, HEADS=heads, DK=dk, DK_HEAD=dk_head, DK_TAIL=dk_tail, DV=dv, DV_HEAD=dv_head, DV_TAIL=dv_tail,
+        TOKENS=tile_tokens, ROWS=config.rows, KEYS=config.keys, PRECISION="tf32x3",
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return out, lse

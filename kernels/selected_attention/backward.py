@@ -1,0 +1,391 @@
+"""Selected attention, backward: dq on the forward's query tiles, dk and dv block by block over the queries that chose it.
+
+No atomics. The list of a block's queries is cut into work items of bounded length, because a forced block is chosen by every
+later query and would alone take as long as all others. A list of one item is written at once; the partial sums of longer ones
+go to a workspace and are added in list order, so that the same inputs give the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..common import (
+    LOG2_E,
+    accumulator,
+    channels_last,
+    check_heads,
+    dot_wide,
+    gate_arguments,
+    load_lse,
+    load_tile,
+    load_wide,
+    split_width,
+    store_tile,
+    tile_rows,
+    zeros_wide,
+)
+from ..interval_attention.backward import add_queries
+from ..tuning import TileConfig, tile_config
+from .forward import block_steps, union_entry
+from .unions import Unions, Visitors, build_unions, find_visitors
+
+# Bytes of partial sums held at once: the groups are taken in as many passes as that needs.
+_WORKSPACE_BYTES = 256 << 20
+
+
+@triton.jit
+def _dq_steps(
+    first, last, dq, dq_tail, q, q_tail, do, do_tail, lse, delta, gate, bit, limit, num_keys, scale_log2,
+    starts_ptr, chosen_ptr, k_ptr, v_ptr, k_stride_s, v_stride_s,
+    DK: tl.constexpr, DK_HEAD: tl.constexpr, DK_TAIL: tl.constexpr,
+    DV: tl.constexpr, DV_HEAD: tl.constexpr, DV_TAIL: tl.constexpr,
+    BLOCK: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
+    MASKED: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add steps ``first .. last`` of the union to dq, which still lacks the factor scale."""
+    CUT: tl.constexpr = MASKED or PARTS * KEYS > BLOCK
+    for step in tl.range(first, last):
+        key, keep, picked, visible = union_entry(
+            step, starts_ptr, chosen_ptr, bit, limit, num_keys, BLOCK, KEYS, PARTS, MASKED
+        )
+        k, k_tail = load_wide(k_ptr, key * k_stride_s, keep, DK_HEAD, DK_TAIL, DK, CUT)
+        v, v_tail = load_wide(v_ptr, key * v_stride_s, keep, DV_HEAD, DV_TAIL, DV, CUT)
+        reference = tl.where(picked, lse, float("inf"))
+        p = tl.exp2(dot_wide(q, q_tail, k, k_tail, DK_TAIL, PRECISION) * scale_log2 - reference[:, None])
+        if CUT:
+            p = tl.where(visible, p, 0.0)
+        dp = dot_wide(do, do_tail, v, v_tail, DV_TAIL, PRECISION)
+        if GATED:
+            dp = dp * gate[:, None]
+        ds = (p * (dp - delta[:, None])).to(k.dtype)
+        dq = tl.dot(ds, k, dq, input_precision=PRECISION)
+        if DK_TAIL > 0:
+            dq_tail = tl.dot(ds, k_tail, dq_tail, input_precision=PRECISION)
+    return dq, dq_tail
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_keys"])
+def selected_attention_backward_dq_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, gate_ptr, dq_ptr,
+    starts_ptr, chosen_ptr, counts_ptr, position_ptr, key_start_ptr,
+    q_stride_t, q_stride_h, k_stride_s, k_stride_g, v_stride_s, v_stride_g,
+    do_stride_t, do_stride_h, gate_stride_t, gate_stride_h, dq_stride_t, dq_stride_h,
+    num_tokens, num_keys, scale, scale_log2,
+    GROUPS: tl.constexpr, HEADS: tl.constexpr,
+    DK: tl.constexpr, DK_HEAD: tl.constexpr, DK_TAIL: tl.constexpr,
+    DV: tl.constexpr, DV_HEAD: tl.constexpr, DV_TAIL: tl.constexpr,
+    ENTRIES: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    GATED: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: one query tile of one group."""
+    group = tl.program_id(0) % GROUPS
+    tile = tl.cdiv(num_tokens, TOKENS) - 1 - tl.program_id(0) // GROUPS
+    token, head, valid = tile_rows(tile, group, num_tokens, HEADS, TOKENS, ROWS)
+    row = token.to(tl.int64)
+    q, q_tail = load_wide(q_ptr, row * q_stride_t + head * q_stride_h, valid, DK_HEAD, DK_TAIL, DK, False)
+    do, do_tail = load_wide(do_ptr, row * do_stride_t + head * do_stride_h, valid, DV_HEAD, DV_TAIL, DV, False)
+    lse = load_lse(lse_ptr, row * (GROUPS * HEADS) + head, valid)
+    delta = tl.load(delta_ptr + row * (GROUPS * HEADS) + head)
+    if GATED:
+        gate = tl.load(gate_ptr + row * gate_stride_t + head * gate_stride_h).to(tl.float32)
+    else:
+        gate = delta
+    limit = tl.load(key_start_ptr + token) + tl.load(position_ptr + token)
+    union = tile.to(tl.int64) * GROUPS + group
+    steps = tl.load(counts_ptr + union * 2) * PARTS
+    full_steps = tl.load(counts_ptr + union * 2 + 1) * PARTS
+    starts_ptr += union * ENTRIES
+    chosen_ptr += union * ENTRIES
+    bit = token - tile * TOKENS
+
+    dq, dq_tail = zeros_wide(ROWS, DK_HEAD, DK_TAIL)
+    k_ptr += group.to(tl.int64) * k_stride_g
+    v_ptr += group.to(tl.int64) * v_stride_g
+    dq, dq_tail = _dq_steps(
+        0, full_steps, dq, dq_tail, q, q_tail, do, do_tail, lse, delta, gate, bit, limit, num_keys, scale_log2,
+        starts_ptr, chosen_ptr, k_ptr, v_ptr, k_stride_s, v_stride_s,
+        DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, BLOCK, KEYS, PARTS, False, GATED, PRECISION,
+    )  # fmt: skip
+    dq, dq_tail = _dq_steps(
+        full_steps, steps, dq, dq_tail, q, q_tail, do, do_tail, lse, delta, gate, bit, limit, num_keys, scale_log2,
+        starts_ptr, chosen_ptr, k_ptr, v_ptr, k_stride_s, v_stride_s,
+        DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, BLOCK, KEYS, PARTS, True, GATED, PRECISION,
+    )  # fmt: skip
+
+    offset = row * dq_stride_t + head * dq_stride_h
+    store_tile(dq_ptr, offset, valid, dq * scale, 0, DK_HEAD, DK, ACCUMULATE)
+    if DK_TAIL > 0:
+        store_tile(dq_ptr, offset, valid, dq_tail * scale, DK_HEAD, DK_TAIL, DK, ACCUMULATE)
+
+
+@triton.jit
+def _dkv_range(
+    first, last, end, dk, dk_tail, dv, dv_tail, k, k_tail, v, v_tail, key, group, scale_log2,
+    q_ptr, do_ptr, lse_ptr, delta_ptr, gate_ptr, queries_ptr, position_ptr, key_start_ptr,
+    q_stride_t, q_stride_h, do_stride_t, do_stride_h, gate_stride_t, gate_stride_h,
+    GROUPS: tl.constexpr, HEADS: tl.constexpr,
+    DK: tl.constexpr, DK_HEAD: tl.constexpr, DK_TAIL: tl.constexpr,
+    DV: tl.constexpr, DV_HEAD: tl.constexpr, DV_TAIL: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    MASKED: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the list entries ``first .. last`` of a work item that ends at ``end``, TOKENS at a time."""
+    row = tl.arange(0, ROWS)
+    head = group * HEADS + row % HEADS
+    for entry in tl.range(first, last, TOKENS):
+        index = entry + row // HEADS
+        valid = (row < TOKENS * HEADS) & (index < end)
+        token = tl.load(queries_ptr + index, mask=valid, other=0)
+        if MASKED:
+            limit = tl.load(key_start_ptr + token) + tl.load(position_ptr + token)
+            visible = key[:, None] <= limit[None, :]
+        else:
+            visible = valid[None, :]
+        dk, dk_tail, dv, dv_tail = add_queries(
+            dk, dk_tail, dv, dv_tail, k, k_tail, v, v_tail, token, head, valid, visible, scale_log2,
+            q_ptr, do_ptr, lse_ptr, delta_ptr, gate_ptr,
+            q_stride_t, q_stride_h, do_stride_t, do_stride_h, gate_stride_t, gate_stride_h,
+            GROUPS * HEADS, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, MASKED, GATED, PRECISION,
+        )  # fmt: skip
+    return dk, dk_tail, dv, dv_tail
+
+
+@triton.jit
+def _block_rows(block, first, block_start_ptr, num_blocks, num_keys, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """Rows ``first .. first + ROWS`` of a block, and which of them are its own.
+
+    A document's last block may be cut short by the next document's first.
+    """
+    start = tl.load(block_start_ptr + block)
+    following = tl.load(block_start_ptr + block + 1, mask=block + 1 < num_blocks, other=num_keys)
+    within = first + tl.arange(0, ROWS)
+    key = start + within
+    return key, (within < BLOCK) & (key < tl.minimum(following, num_keys))
+
+
+@triton.jit(do_not_specialize=["num_keys", "num_blocks", "first_group", "last_group"])
+def selected_attention_backward_dkv_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, gate_ptr, dk_ptr, dv_ptr, dk_parts_ptr, dv_parts_ptr,
+    queries_ptr, offsets_ptr, item_offsets_ptr, slot_offsets_ptr, item_lists_ptr, block_start_ptr, position_ptr, key_start_ptr,
+    q_stride_t, q_stride_h, k_stride_s, k_stride_g, v_stride_s, v_stride_g,
+    do_stride_t, do_stride_h, gate_stride_t, gate_stride_h,
+    num_keys, num_blocks, first_group, last_group, scale, scale_log2,
+    GROUPS: tl.constexpr, HEADS: tl.constexpr,
+    DK: tl.constexpr, DK_HEAD: tl.constexpr, DK_TAIL: tl.constexpr,
+    DV: tl.constexpr, DV_HEAD: tl.constexpr, DV_TAIL: tl.constexpr,
+    BLOCK: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: KEYS rows of one block against one work item of the queries that chose it.
+
+    The host launches as many as there could be; those past the last item repeat an existing one without queries or stores.
+    """
+    last_list = last_group * num_blocks - 1
+    item = tl.load(item_offsets_ptr + first_group * num_blocks) + tl.program_id(0) // PARTS
+    part = tl.program_id(0) % PARTS
+    wanted = tl.load(item_lists_ptr + item)
+    visit = tl.minimum(wanted, last_list)
+    group = visit // num_blocks
+    key, own = _block_rows(visit % num_blocks, part * KEYS, block_start_ptr, num_blocks, num_keys, BLOCK, KEYS)
+    own = own & (wanted == visit)
+    offset = key.to(tl.int64)
+    k, k_tail = load_wide(k_ptr + group.to(tl.int64) * k_stride_g, offset * k_stride_s, own, DK_HEAD, DK_TAIL, DK, True)
+    v, v_tail = load_wide(v_ptr + group.to(tl.int64) * v_stride_g, offset * v_stride_s, own, DV_HEAD, DV_TAIL, DV, True)
+
+    number = item - tl.load(item_offsets_ptr + visit)
+    list_first = tl.load(offsets_ptr + visit)
+    first = list_first + number * CHUNK
+    last = tl.minimum(first + CHUNK, tl.load(offsets_ptr + visit + 1))
+    last = tl.where(wanted == visit, last, first)
+    # The only queries before the block's end are its own, at most BLOCK; a list in ascending order has them first.
+    masked = tl.maximum(tl.minimum(list_first + BLOCK, last) - first, 0)
+    full_first = first + tl.cdiv(masked, TOKENS) * TOKENS
+    dk, dk_tail = zeros_wide(KEYS, DK_HEAD, DK_TAIL)
+    dv, dv_tail = zeros_wide(KEYS, DV_HEAD, DV_TAIL)
+    dk, dk_tail, dv, dv_tail = _dkv_range(
+        first, tl.minimum(full_first, last), last, dk, dk_tail, dv, dv_tail, k, k_tail, v, v_tail, key, group, scale_log2,
+        q_ptr, do_ptr, lse_ptr, delta_ptr, gate_ptr, queries_ptr, position_ptr, key_start_ptr,
+        q_stride_t, q_stride_h, do_stride_t, do_stride_h, gate_stride_t, gate_stride_h,
+        GROUPS, HEADS, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, TOKENS, ROWS, True, GATED, PRECISION,
+    )  # fmt: skip
+    dk, dk_tail, dv, dv_tail = _dkv_range(
+        full_first, last, last, dk, dk_tail, dv, dv_tail, k, k_tail, v, v_tail, key, group, scale_log2,
+        q_ptr, do_ptr, lse_ptr, delta_ptr, gate_ptr, queries_ptr, position_ptr, key_start_ptr,
+        q_stride_t, q_stride_h, do_stride_t, do_stride_h, gate_stride_t, gate_stride_h,
+        GROUPS, HEADS, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, TOKENS, ROWS, False, GATED, PRECISION,
+    )  # fmt: skip
+
+    if tl.load(item_offsets_ptr + visit + 1) - tl.load(item_offsets_ptr + visit) == 1:
+        row = offset * GROUPS + group
+        _store_dkv(
+            dk_ptr, dv_ptr, row, own, dk, dk_tail, dv, dv_tail, scale, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL
+        )
+    else:
+        slot = tl.load(slot_offsets_ptr + visit) - tl.load(slot_offsets_ptr + first_group * num_blocks) + number
+        row = slot.to(tl.int64) * (PARTS * KEYS) + part * KEYS + tl.arange(0, KEYS)
+        _store_dkv(
+            dk_parts_ptr, dv_parts_ptr, row, own, dk, dk_tail, dv, dv_tail, scale, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL
+        )
+
+
+@triton.jit
+def _store_dkv(
+    dk_ptr, dv_ptr, row, keep, dk, dk_tail, dv, dv_tail, scale,
+    DK: tl.constexpr, DK_HEAD: tl.constexpr, DK_TAIL: tl.constexpr,
+    DV: tl.constexpr, DV_HEAD: tl.constexpr, DV_TAIL: tl.constexpr,
+):  # fmt: skip
+    """Write the kept rows of dk (with its factor scale) and dv."""
+    store_tile(dk_ptr, row * DK, keep, dk * scale, 0, DK_HEAD, DK, False)
+    store_tile(dv_ptr, row * DV, keep, dv, 0, DV_HEAD, DV, False)
+    if DK_TAIL > 0:
+        store_tile(dk_ptr, row * DK, keep, dk_tail * scale, DK_HEAD, DK_TAIL, DK, False)
+    if DV_TAIL > 0:
+        store_tile(dv_ptr, row * DV, keep, dv_tail, DV_HEAD, DV_TAIL, DV, False)
+
+
+@triton.jit(do_not_specialize=["num_keys", "num_blocks", "first_group"])
+def selected_attention_backward_add_kernel(
+    dk_ptr, dv_ptr, dk_parts_ptr, dv_parts_ptr, item_offsets_ptr, slot_offsets_ptr, block_start_ptr,
+    num_keys, num_blocks, first_group,
+    GROUPS: tl.constexpr, DK: tl.constexpr, DK_PADDED: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr, SLOT_ROWS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One program: ROWS rows of one block whose list was split; adds its partial sums in list order."""
+    first_list = first_group * num_blocks
+    visit = first_list + tl.program_id(0) // (SLOT_ROWS // ROWS)
+    first = tl.program_id(0) % (SLOT_ROWS // ROWS) * ROWS
+    items = tl.load(item_offsets_ptr + visit + 1) - tl.load(item_offsets_ptr + visit)
+    if items > 1:
+        group = visit // num_blocks
+        key, own = _block_rows(visit % num_blocks, first, block_start_ptr, num_blocks, num_keys, BLOCK, ROWS)
+        slot = tl.load(slot_offsets_ptr + visit) - tl.load(slot_offsets_ptr + first_list)
+        dk = tl.zeros([ROWS, DK_PADDED], dtype=tl.float32)
+        dv = tl.zeros([ROWS, DV_PADDED], dtype=tl.float32)
+        for item in tl.range(0, items):
+            row = (slot + item).to(tl.int64) * SLOT_ROWS + first + tl.arange(0, ROWS)
+            dk += load_tile(dk_parts_ptr, row * DK, own, 0, DK_PADDED, DK, True)
+            dv += load_tile(dv_parts_ptr, row * DV, own, 0, DV_PADDED, DV, True)
+        row = key.to(tl.int64) * GROUPS + group
+        store_tile(dk_ptr, row * DK, own, dk, 0, DK_PADDED, DK, False)
+        store_tile(dv_ptr, row * DV, own, dv, 0, DV_PADDED, DV, False)
+
+
+def selected_attention_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    do: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    gate: torch.Tensor | None,
+    blocks: torch.Tensor,
+    position: torch.Tensor,
+    key_start: torch.Tensor,
+    block_start: torch.Tensor,
+    block_base: torch.Tensor,
+    block_size: int,
+    scale: float,
+    *,
+    dq: torch.Tensor | None = None,
+    unions: Unions | None = None,
+    dq_config: TileConfig | None = None,
+    dkv_config: TileConfig | None = None,
+    chunk: int | None = None,
+    workspace_bytes: int = _WORKSPACE_BYTES,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of :func:`..forward.selected_attention_forward`.
+
+    Args:
+        q, k, v, blocks, position, key_start, block_size, scale: as in the forward. Query rows of one document stand in
+            ascending position.
+        do: [T, N, Dv], upstream gradient without the gate.
+        lse: float32 [T, N], the forward's.
+        delta: float32 [T, N], ``gate * sum(do * out)``.
+        gate: [T, N] of any floating dtype and strides, or None for 1.
+        block_start: int32 [NB], key row at which each block of each document starts, ascending.
+        block_base: int32 [T], number (in ``block_start``) of the first block of the query's document.
+        dq: float32 [T, N, Dk] to add to, or None for a new one.
+        unions: the forward's, if at hand and of the same tile shape.
+        dq_config, dkv_config: tile shapes instead of the table's.
+        chunk: most queries of one work item.
+        workspace_bytes: budget of the partial sums of split lists; the groups are taken in as many passes as it needs.
+
+    Returns:
+        ``dq`` [T, N, Dk], ``dk`` [S, G, Dk], ``dv`` [S, G, Dv], float32. The same inputs give the same bits.
+
+    Raises:
+        ValueError: as the forward, or ``dq`` of another shape or dtype.
+    """
+    tokens, num_heads, dk_width = q.shape
+    num_keys, groups, dv_width = v.shape
+    heads = check_heads(num_heads, groups)
+    if scale <= 0:
+        raise ValueError(f"scale = {scale} must be positive")
+    dq, accumulate = accumulator(dq, q.shape, q.device)
+    dk = torch.zeros(k.shape, dtype=torch.float32, device=q.device)
+    dv = torch.zeros(v.shape, dtype=torch.float32, device=q.device)
+    if tokens == 0:
+        return dq, dk, dv
+    q, k, v, do = channels_last(q), channels_last(k), channels_last(v), channels_last(do)
+    lse, delta = lse.contiguous(), delta.contiguous()
+    gate, *gate_strides, gated = gate_arguments(gate, delta)
+    (dk_head, dk_tail), (dv_head, dv_tail) = split_width(dk_width), split_width(dv_width)
+    shared = dict(
+        GROUPS=groups, HEADS=heads, DK=dk_width, DK_HEAD=dk_head, DK_TAIL=dk_tail, DV=dv_width, DV_HEAD=dv_head, DV_TAIL=dv_tail,
+        BLOCK=block_size, GATED=gated, PRECISION="tf32x3",
+    )  # fmt: skip
+    rows = (q, k, v, do, lse, delta, gate)
+    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *do.stride()[:2], *gate_strides)
+    scales = (scale, scale * LOG2_E.value)
+
+    width = max(dk_width, dv_width)
+    config = dq_config or tile_config("selected_dq", q.dtype, q.device, heads, width)
+    if unions is None or unions.tile_tokens != config.tokens(heads):
+        unions = build_unions(blocks, position, key_start, block_size, config.tokens(heads))
+    keys, parts = block_steps(block_size, config.keys)
+    selected_attention_backward_dq_kernel[(unions.counts.shape[0] * groups,)](
+        *rows, dq, unions.starts, unions.chosen, unions.counts, position, key_start,
+        *strides, *dq.stride()[:2], tokens, num_keys, *scales, ENTRIES=unions.starts.shape[-1], KEYS=keys, PARTS=parts,
+        TOKENS=unions.tile_tokens, ROWS=config.rows, ACCUMULATE=accumulate, **shared,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+    config = dkv_config or tile_config("selected_dkv", q.dtype, q.device, heads, width)
+    keys, parts = block_steps(block_size, config.keys)
+    visitors = find_visitors(blocks, block_base, block_start.shape[0], chunk or visitor_chunk(tokens, blocks.shape[-1]))
+    passes, dk_parts, dv_parts = _plan_passes(visitors, groups, keys * parts, dk_width, dv_width, workspace_bytes)
+    for first, last in passes:
+        selected_attention_backward_dkv_kernel[((last - first) * visitors.items_per_group * parts,)](
+            *rows, dk, dv, dk_parts, dv_parts,
+            visitors.queries, visitors.offsets, visitors.item_offsets, visitors.slot_offsets, visitors.item_lists,
+            block_start, position, key_start, *strides, num_keys, visitors.num_blocks, first, last, *scales,
+            KEYS=keys, PARTS=parts, CHUNK=visitors.chunk, TOKENS=config.tokens(heads), ROWS=config.rows, **shared,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+        selected_attention_backward_add_kernel[((last - first) * visitors.num_blocks * (keys * parts // 16),)](
+            dk, dv, dk_parts, dv_parts, visitors.item_offsets, visitors.slot_offsets, block_start,
+            num_keys, visitors.num_blocks, first,
+            GROUPS=groups, DK=dk_width, DK_PADDED=triton.next_power_of_2(dk_width), DV=dv_width,
+            DV_PADDED=triton.next_power_of_2(dv_width), BLOCK=block_size, SLOT_ROWS=keys * parts, ROWS=16,
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+def visitor_chunk(tokens: int, picks: int) -> int:
+    """Queries of a work item: 512, and for long sequences as many as leave at most about 2048 partial sums a group."""
+    return max(512, triton.next_power_of_2(tokens * picks) // 1024)
+
+
+def _plan_passes(
+    visitors: Visitors, groups: int, slot_rows: int, dk_width: int, dv_width: int, workspace_bytes: int
+) -> tuple[list[tuple[int, int]], torch.Tensor, torch.Tensor]:
+    """Ranges of groups whose partial sums fit in the workspace together, at least one group each, and the workspace."""
+    slot_bytes = slot_rows * (dk_width + dv_width) * 4
+    at_once = max(1, min(groups, workspace_bytes // max(1, visitors.slots_per_group * slot_bytes)))
+    slots, device = at_once * visitors.slots_per_group, visitors.queries.device
+    dk_parts = torch.empty(slots, slot_rows, dk_width, dtype=torch.float32, device=device)
+    dv_parts = torch.empty(slots, slot_rows, dv_width, dtype=torch.float32, device=device)
+    return [(first, min(first + at_once, groups)) for first in range(0, groups, at_once)], dk_parts, dv_parts

@@ -1,0 +1,183 @@
+"""Index structures of selected attention, built on the device with static shapes and without a host synchronisation.
+
+Forward and dq walk, for each tile of adjacent tokens, the union of the blocks its tokens chose; a bit mask says which did.
+dk and dv need the inverse: for each block the queries that chose it, cut into work items of bounded length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from ..common import INT_MAX
+
+
+@dataclass(frozen=True)
+class Unions:
+    """Blocks chosen by the tokens of each tile.
+
+    Args:
+        starts: int32 [tiles, G, E], key rows at which the union's blocks start, ascending; the first ``counts`` count.
+        chosen: int32 [tiles, G, E], bit i set where token i of the tile chose the block.
+        counts: int32 [tiles, G, 2]: blocks in the union, and how many of them end before every query of the tile.
+        tile_tokens: tokens of a tile.
+    """
+
+    starts: torch.Tensor
+    chosen: torch.Tensor
+    counts: torch.Tensor
+    tile_tokens: int
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def build_unions_kernel(
+    blocks_ptr, position_ptr, key_start_ptr, starts_ptr, chosen_ptr, counts_ptr,
+    stride_t, stride_g, stride_n, num_tokens,
+    GROUPS: tl.constexpr, TOKENS: tl.constexpr, PICKS: tl.constexpr, BLOCK: tl.constexpr,
+    PADDED_TOKENS: tl.constexpr, PADDED_PICKS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """One program: the union of one tile and group.
+
+    Every pick is compared with every other: equal ones share their bits, and the pick of the lowest token stands for all.
+    A sort then brings the survivors, packed with their bits in one word, to the front in ascending order.
+    """
+    ENTRIES: tl.constexpr = PADDED_TOKENS * PADDED_PICKS
+    tile = tl.program_id(0) // GROUPS
+    group = tl.program_id(0) % GROUPS
+    entry = tl.arange(0, ENTRIES)
+    local = entry // PADDED_PICKS
+    pick = entry % PADDED_PICKS
+    token = tile * TOKENS + local
+    real = (local < TOKENS) & (token < num_tokens)
+    row = token.to(tl.int64)
+    base = blocks_ptr + group.to(tl.int64) * stride_g
+    block = tl.load(base + row * stride_t + pick * stride_n, mask=real & (pick < PICKS), other=-1)
+    first_key = tl.load(key_start_ptr + token, mask=real, other=0)
+    start = tl.where(block >= 0, first_key + block * BLOCK, INT_MAX)
+
+    bits = tl.zeros([ENTRIES], dtype=tl.int32)
+    for other in range(TOKENS):
+        other_token = tile * TOKENS + other
+        exists = other_token < num_tokens
+        other_key = tl.load(key_start_ptr + other_token, mask=exists, other=0)
+        found = tl.zeros([ENTRIES], dtype=tl.int32)
+        for shift in range(0, PADDED_PICKS, STEP):
+            column = shift + tl.arange(0, STEP)
+            other_block = tl.load(
+                base + other_token.to(tl.int64) * stride_t + column * stride_n, mask=exists & (column < PICKS), other=-1
+            )
+            other_start = tl.where(other_block >= 0, other_key + other_block * BLOCK, -1)
+            found = tl.maximum(found, tl.max((start[:, None] == other_start[None, :]).to(tl.int32), 1))
+        bits = bits | (found << other)
+    stands = (block >= 0) & ((bits & ((1 << local) - 1)) == 0)
+    packed = (start.to(tl.int64) << 32) | (bits.to(tl.int64) & 0xFFFFFFFF)
+    packed = tl.sort(tl.where(stands, packed, tl.full([ENTRIES], INT_MAX, tl.int64) << 32))
+
+    out = (tile.to(tl.int64) * GROUPS + group) * ENTRIES
+    tl.store(starts_ptr + out + entry, (packed >> 32).to(tl.int32))
+    tl.store(chosen_ptr + out + entry, (packed & 0xFFFFFFFF).to(tl.int32))
+    position = tl.load(position_ptr + token, mask=real, other=0)
+    first_query = tl.min(tl.where(real, first_key + position, INT_MAX), 0)
+    counts = counts_ptr + (tile.to(tl.int64) * GROUPS + group) * 2
+    tl.store(counts, tl.sum(stands.to(tl.int32), 0))
+    tl.store(counts + 1, tl.sum((stands & (start + (BLOCK - 1) <= first_query)).to(tl.int32), 0))
+
+
+def build_unions(
+    blocks: torch.Tensor, position: torch.Tensor, key_start: torch.Tensor, block_size: int, tile_tokens: int
+) -> Unions:
+    """Sorted union of the blocks that the tokens of each tile chose, by the key row at which they start.
+
+    Args:
+        blocks: int32 [T, G, n], block numbers within each query's document, each at most once, padded with -1.
+        position: int32 [T], position of each query in its document.
+        key_start: int32 [T], key row at which the query's document starts.
+        block_size: l', tokens of a block.
+        tile_tokens: tokens of a tile, at most 32.
+
+    Returns:
+        unions of ``ceil(T / tile_tokens)`` tiles; memory O(T * n).
+
+    Raises:
+        ValueError: more tokens in a tile than the bit masks hold.
+    """
+    if tile_tokens > 32:
+        raise ValueError(f"a tile of {tile_tokens} tokens does not fit its 32-bit masks; use at most 32")
+    tokens, groups, picks = blocks.shape
+    padded_tokens, padded_picks = triton.next_power_of_2(tile_tokens), triton.next_power_of_2(picks)
+    tiles, entries = triton.cdiv(tokens, tile_tokens), padded_tokens * padded_picks
+    starts = torch.empty(tiles, groups, entries, dtype=torch.int32, device=blocks.device)
+    chosen = torch.empty_like(starts)
+    counts = torch.empty(tiles, groups, 2, dtype=torch.int32, device=blocks.device)
+    if tiles:
+        build_unions_kernel[(tiles * groups,)](
+            blocks, position, key_start, starts, chosen, counts, *blocks.stride(), tokens,
+            GROUPS=groups, TOKENS=tile_tokens, PICKS=picks, BLOCK=block_size,
+            PADDED_TOKENS=padded_tokens, PADDED_PICKS=padded_picks, STEP=min(padded_picks, 16),
+            num_warps=max(1, min(8, entries // 64)),
+        )  # fmt: skip
+    return Unions(starts, chosen, counts, tile_tokens)
+
+
+@dataclass(frozen=True)
+class Visitors:
+    """For each (group, block) the queries that chose it, and the work items its list is cut into.
+
+    Args:
+        queries: int32 [T * G * n], query rows, ascending within a list; lists in order of group * NB + block.
+        offsets: int32 [G * NB + 1], where each list starts.
+        item_offsets: int32 [G * NB + 1], number of the first work item of each list; every list has at least one.
+        slot_offsets: int32 [G * NB + 1], number of the first partial sum of each list; only lists of several items have any.
+        item_lists: int32 [items], the list of each work item; G * NB or more for items past the last.
+        chunk: most queries of a work item.
+        num_blocks: NB.
+        items_per_group, slots_per_group: upper bounds of the work items and partial sums of one group's lists, known to the
+            host.
+    """
+
+    queries: torch.Tensor
+    offsets: torch.Tensor
+    item_offsets: torch.Tensor
+    slot_offsets: torch.Tensor
+    item_lists: torch.Tensor
+    chunk: int
+    num_blocks: int
+    items_per_group: int
+    slots_per_group: int
+
+
+def find_visitors(blocks: torch.Tensor, block_base: torch.Tensor, num_blocks: int, chunk: int) -> Visitors:
+    """Invert a selection: a stable sort of the (group, block) of every pick.
+
+    Args:
+        blocks: int32 [T, G, n], block numbers within each query's document, padded with -1.
+        block_base: int32 [T], number of the first block of the query's document among all blocks.
+        num_blocks: NB, blocks of all documents.
+        chunk: most queries of a work item.
+
+    Returns:
+        lists in O(T * n + G * NB) memory, all on the device.
+    """
+    tokens, groups, picks = blocks.shape
+    lists = groups * num_blocks
+    first_list = torch.arange(groups, dtype=torch.int32, device=blocks.device)[:, None] * num_blocks
+    key = torch.where(blocks >= 0, blocks + block_base[:, None, None] + first_list, lists)
+    ordered, order = key.flatten().sort(stable=True)
+    bounds = torch.arange(lists + 1, dtype=torch.int32, device=blocks.device)
+    offsets = torch.searchsorted(ordered, bounds, out_int32=True)
+    items = (offsets.diff() + (chunk - 1)).div(chunk, rounding_mode="floor").clamp_(min=1)
+    item_offsets, slot_offsets = torch.zeros_like(offsets), torch.zeros_like(offsets)
+    torch.cumsum(items, 0, dtype=torch.int32, out=item_offsets[1:])
+    torch.cumsum(torch.where(items > 1, items, 0), 0, dtype=torch.int32, out=slot_offsets[1:])
+    most_split = tokens * picks // chunk
+    items_per_group = num_blocks + most_split
+    item = torch.arange(groups * items_per_group, dtype=torch.int32, device=blocks.device)
+    item_lists = torch.searchsorted(item_offsets, item, right=True, out_int32=True) - 1
+    queries = order.div_(groups * picks, rounding_mode="floor").to(torch.int32)
+    slots_per_group = most_split + min(num_blocks, most_split)
+    return Visitors(
+        queries, offsets, item_offsets, slot_offsets, item_lists, chunk, num_blocks, items_per_group, slots_per_group
+    )

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Usage, one node:    NPROC_PER_NODE=8 bash launch/torchrun.sh train configs/quickstart.yaml [key=value ...]
+# Usage, many nodes:  NNODES=4 MASTER_ADDR=node0 NPROC_PER_NODE=8 bash launch/torchrun.sh train CONFIG    (the same on each)
+#
+# Everything after the script's name is the command line of `nsa-cp`, run once a process. From the environment:
+#   NPROC_PER_NODE   processes on this node (default: one a GPU, or one a CPU core without a GPU)
+#   NNODES           nodes (1); MASTER_ADDR and MASTER_PORT (29500): one of them, which the others can reach
+#   JOB_ID           any name that tells concurrent jobs on the same nodes apart (nsa-cp)
+#   PYTHON           interpreter (the checkout's .venv, else python3)
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+venv_python=$here/../.venv/bin/python
+[ -x "$venv_python" ] || venv_python=python3
+if [ "${NNODES:-1}" = 1 ]; then
+    rendezvous=(--rdzv-endpoint 127.0.0.1:0 --local-addr 127.0.0.1)
+else
+    rendezvous=(--rdzv-endpoint "${MASTER_ADDR:?set it to a node that all nodes can reach}:${MASTER_PORT:-29500}")
+fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec "${PYTHON:-$venv_python}" -m torch.distributed.run --nnodes "${NNODES:-1}" --nproc-per-node "${NPROC_PER_NODE:-auto}" \
+    --rdzv-backend c10d --rdzv-id "${JOB_ID:-nsa-cp}" "${rendezvous[@]}" -m nsa_cp.cli.main "$@"

@@ -1,0 +1,41 @@
+"""NSA inside Megatron-Core: configuration, layer specs, batches. See docs/megatron.md."""
+
+import warnings
+
+from nsa_cp.megatron.apex import check_apex, has_apex
+
+try:
+    with warnings.catch_warnings():
+        # Megatron-Core says for each of its modules that apex and Transformer Engine are missing. Neither is needed here.
+        warnings.filterwarnings("ignore", message=".*[Aa]pex (is|are) not installed.*")
+        from nsa_cp.megatron.batch import shard_batch
+        from nsa_cp.megatron.config import AttentionSettings, NSATransformerConfig
+        from nsa_cp.megatron.cpu import check_cpu_config, cpu_compatibility, enable
+        from nsa_cp.megatron.layer_specs import get_nsa_layer_spec, get_nsa_transformer_layer_spec
+        from nsa_cp.megatron.layout import check_sequence_length, make_packed_seq_params, sequence_layout
+        from nsa_cp.megatron.model import build_gpt_model
+        from nsa_cp.megatron.norm import RMSNorm
+        from nsa_cp.megatron.self_attention import NSASelfAttention
+except Exception:
+    # Megatron-Core imports whatever is called apex; if that is what failed, say so.
+    check_apex()
+    raise
+
+__all__ = [
+    "AttentionSettings",
+    "NSASelfAttention",
+    "NSATransformerConfig",
+    "RMSNorm",
+    "build_gpt_model",
+    "check_apex",
+    "check_cpu_config",
+    "check_sequence_length",
+    "cpu_compatibility",
+    "enable",
+    "get_nsa_layer_spec",
+    "get_nsa_transformer_layer_spec",
+    "has_apex",
+    "make_packed_seq_params",
+    "sequence_layout",
+    "shard_batch",
+]

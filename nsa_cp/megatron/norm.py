@@ -1,0 +1,28 @@
+"""RMSNorm that works under sequence parallelism without Transformer Engine or apex."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer import TransformerConfig
+
+from nsa_cp.megatron.config import parameter_device
+
+
+class RMSNorm(torch.nn.Module):
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension; the reduction of half-precision input is in float32.
+
+    Under sequence parallelism every tensor-parallel rank normalises other rows, so the weight's gradient is a partial sum.
+    The attribute ``sequence_parallel`` makes Megatron's ``finalize_model_grads`` sum it; PyTorch's own norm lacks it.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: object) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=parameter_device(config))
+        )
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., hidden_size] to the same shape and dtype."""
+        return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)

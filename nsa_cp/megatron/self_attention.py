@@ -1,0 +1,266 @@
+"""Self-attention for Megatron-Core's transformer layer: NSA, full or window attention, by the layer's place in the pattern."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
+from torch import Tensor
+
+from nsa_cp.attention import NativeSparseAttention, full_attention, sliding_window_attention
+from nsa_cp.context_parallel import SequenceLayout
+from nsa_cp.megatron.config import AttentionSettings, parameter_device, settings_of
+from nsa_cp.megatron.gate import BranchGate
+from nsa_cp.megatron.layout import sequence_layout
+
+
+class NSASelfAttention(MegatronModule):
+    """Takes the place of Megatron's ``SelfAttention`` in a layer spec.
+
+    One column-parallel projection makes everything that the attention needs. Its output is laid out group by group, so that
+    tensor parallelism shards it by groups: for each group the H queries of width Dk, then for each branch (compressed,
+    selected, window; one branch when K/V are shared, and in ``full`` and ``window`` layers) a key of width Dk and a value
+    of width Dv, then the H * 3 gate logits of an NSA layer with a gate for every head. A gate for every branch is a small
+    projection of its own, because it belongs to no group.
+
+    Args:
+        config: the model's; NSA's settings come with it, or in ``settings`` beside a plain ``TransformerConfig``.
+        submodules: builders of ``linear_qkv`` and ``linear_proj``, as in Megatron's local layer spec.
+        layer_number: global and 1-based, as Megatron's layers pass it; picks the entry of the layer pattern.
+        pg_collection: process groups ``tp`` and ``cp``; Megatron's own when None.
+
+    Raises:
+        ValueError: settings that the layer cannot follow.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: SelfAttentionSubmodules,
+        layer_number: int,
+        *args: Any,
+        pg_collection: ProcessGroupCollection | None = None,
+        settings: AttentionSettings | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.settings = settings_of(config, settings)
+        # Layers of different kinds have parameters of different shapes, which Megatron can only save under a key for each
+        # layer. (The field's name is Megatron's spelling.)
+        config.hetereogenous_dist_checkpoint = True
+        self.layer_number = layer_number
+        self.layer_type = self.settings.layer_type(layer_number)
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
+        self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
+        nsa, is_nsa = self.settings.nsa, self.layer_type == "nsa"
+        self.num_groups = config.num_query_groups // self.tp_group.size()
+        self.heads_per_group = config.num_attention_heads // config.num_query_groups
+        self.qk_dim = config.kv_channels
+        self.v_dim = self.settings.v_channels or config.kv_channels
+        self.num_pairs = nsa.num_branch_kv if is_nsa else 1
+        gate_width = nsa.num_gates * self.heads_per_group if is_nsa and nsa.gate == "head" else 0
+        # What one group takes of the fused projection, in order: queries, (key, value) for each branch, gate logits.
+        self.group_widths = [self.heads_per_group * self.qk_dim, *[self.qk_dim, self.v_dim] * self.num_pairs, gate_width]
+        self.checkpoint_core_attention = (
+            config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
+        )
+        self.linear_qkv = build_module(
+            submodules.linear_qkv,
+            config.hidden_size,
+            config.num_query_groups * sum(self.group_widths),
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=config.add_bias_linear or config.add_qkv_bias,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name="qkv",
+            tp_group=self.tp_group,
+        )
+        self.linear_gate = BranchGate(config, nsa.num_gates, self.tp_group) if is_nsa and nsa.gate == "branch" else None
+        self.core_attention = self._build_core(config) if is_nsa else None
+        self.linear_proj = build_module(
+            submodules.linear_proj,
+            config.num_attention_heads * self.v_dim,
+            config.hidden_size,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=config.add_bias_linear,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            is_expert=False,
+            tp_comm_buffer_name="proj",
+            tp_group=self.tp_group,
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        key_value_states: Tensor | None = None,
+        inference_context: Any = None,
+        rotary_pos_emb: Any = None,
+        *args: Any,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention over the whole sequence, of which this rank holds a part.
+
+        Args:
+            hidden_states: [s/cp, b, h], or [s/(cp*tp), b, h] under sequence parallelism. The s/cp tokens are those that
+                the layout ``nsa.layout`` gives this context-parallel rank, in ascending order.
+            packed_seq_params: documents of a pack (thd, b = 1); None for b sequences of s tokens.
+
+        Returns:
+            output [s/cp or s/(cp*tp), b, h] and the output projection's bias, which Megatron adds later.
+
+        Raises:
+            ValueError: an argument that NSA has no use for (a mask, rotary embeddings, an inference context), or a
+                length that does not fit the layout.
+        """
+        _refuse(attention_mask, key_value_states, inference_context, rotary_pos_emb, attention_bias)
+        mixed, _ = self.linear_qkv(hidden_states)
+        length, batch = mixed.shape[:2]
+        layout = sequence_layout(
+            self.settings.nsa.layout,
+            self.cp_group,
+            local_length=length,
+            batch_size=batch,
+            packed_seq_params=packed_seq_params,
+        )
+        tensors = self._split(mixed)
+        if self.linear_gate is not None:
+            tensors.append(_flatten_tokens(self.linear_gate(hidden_states)).unsqueeze(1))
+        attend = partial(self._attend, layout)
+        if self.checkpoint_core_attention and self.training:
+            out = tensor_parallel.checkpoint(attend, False, *tensors)
+        else:
+            out = attend(*tensors)
+        out = out.reshape(batch, length, -1).transpose(0, 1).contiguous()
+        return self.linear_proj(out)
+
+    def backward_dw(self) -> None:
+        """Weight gradients that Megatron delayed, of both projections."""
+        self.linear_qkv.backward_dw()
+        self.linear_proj.backward_dw()
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> ShardedStateDict:
+        """Megatron's checkpoint entries; the compressors' weights are sharded over tensor-parallel ranks along their groups."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.core_attention is not None:
+            weights = self.core_attention.state_dict(keep_vars=True)
+            state.update(
+                make_sharded_tensors_for_checkpoint(
+                    weights,
+                    f"{prefix}core_attention.",
+                    dict.fromkeys(weights, 0),
+                    sharded_offsets,
+                    tp_group=self.tp_group,
+                    dp_cp_group=metadata["dp_cp_group"],
+                )
+            )
+        return state
+
+    def _split(self, mixed: Tensor) -> list[Tensor]:
+        """[s, b, groups * width] to token-major tensors: q [T, N, Dk], then k [T, G, Dk] and v [T, G, Dv] for each branch,
+        then the gate logits [T, N, 3] where they are part of the projection."""
+        parts = _flatten_tokens(mixed).unflatten(1, (self.num_groups, -1)).split(self.group_widths, dim=-1)
+        heads = self.num_groups * self.heads_per_group
+        tensors = [parts[0].reshape(-1, heads, self.qk_dim), *(part.contiguous() for part in parts[1:-1])]
+        if parts[-1].shape[-1]:
+            tensors.append(parts[-1].reshape(-1, heads, self.settings.nsa.num_gates))
+        return tensors
+
+    def _attend(self, layout: SequenceLayout, *tensors: Tensor) -> Tensor:
+        """Core attention over what :meth:`_split` made, [T, N, Dv]; recomputed as a whole in selective recompute."""
+        q, pairs = tensors[0], tensors[1 : 1 + 2 * self.num_pairs]
+        keys, values = tuple(pairs[0::2]), tuple(pairs[1::2])
+        nsa, rotary = self.settings.nsa, self.settings.rotary
+        if self.core_attention is not None:
+            return self.core_attention(q, keys, values, tensors[-1], layout)
+        if self.layer_type == "full":
+            return full_attention(q, keys[0], values[0], layout, rotary=rotary, cp_group=self.cp_group)
+        return sliding_window_attention(
+            q,
+            keys[0],
+            values[0],
+            layout,
+            window_size=nsa.window_size,
+            rotary=rotary,
+            cp_group=self.cp_group,
+            backend=nsa.backend,
+        )
+
+    def _build_core(self, config: TransformerConfig) -> NativeSparseAttention:
+        """The attention of this rank's groups, with the same initial weights for every tensor-parallel size.
+
+        Weights of all groups are drawn from the CPU generator, which Megatron seeds alike on all tensor-parallel ranks, and
+        each rank keeps its slice: the way ``use_cpu_initialization`` treats the linear layers.
+        """
+
+        def make(num_groups: int, **kwargs: Any) -> NativeSparseAttention:
+            """The attention of some of the model's groups."""
+            return NativeSparseAttention(
+                self.settings.nsa,
+                num_attention_heads=num_groups * self.heads_per_group,
+                num_query_groups=num_groups,
+                qk_dim=self.qk_dim,
+                v_dim=self.v_dim,
+                rotary=self.settings.rotary,
+                cp_group=self.cp_group,
+                dtype=config.params_dtype,
+                **kwargs,
+            )
+
+        whole = make(config.num_query_groups, device="cpu")
+        # A generator of its own: what is drawn here is overwritten, and must not move the shared generator.
+        core = make(self.num_groups, device=parameter_device(config), generator=torch.Generator())
+        first = self.tp_group.rank() * self.num_groups
+        for own, full in zip(core.parameters(), whole.parameters(), strict=True):
+            with torch.no_grad():
+                own.copy_(full[first : first + self.num_groups])
+            tensor_parallel.set_tensor_model_parallel_attributes(own, True, 0, 1)
+        return core
+
+
+def _flatten_tokens(x: Tensor) -> Tensor:
+    """[s, b, channels] to [b * s, channels]: a batch is a pack with one sequence after the other."""
+    return x.transpose(0, 1).reshape(-1, x.shape[-1])
+
+
+def _refuse(mask: Any, key_value_states: Any, inference_context: Any, rotary_pos_emb: Any, bias: Any) -> None:
+    """ValueError for arguments that would have to change the result and do not."""
+    if rotary_pos_emb is not None:
+        raise ValueError(
+            "NSA layers rotate queries and keys themselves, by config.rotary, because compressed keys have positions of "
+            'their own; build GPTModel with position_embedding_type="none"'
+        )
+    if mask is not None:
+        raise ValueError(
+            "NSA layers are causal and take documents from packed_seq_params; pass attention_mask=None "
+            "(create_attention_mask=False in Megatron's datasets)"
+        )
+    if bias is not None:
+        raise ValueError("NSA layers take no attention_bias; leave it out")
+    if key_value_states is not None:
+        raise ValueError("NSA is self-attention and takes no key_value_states; use Megatron's CrossAttention for those")
+    if inference_context is not None:
+        raise ValueError("NSA layers have no key/value cache yet; run the model on the whole sequence, without inference_context")

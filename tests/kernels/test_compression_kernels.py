@@ -1,0 +1,103 @@
+"""Compression kernels against float64: means, one matrix, and one hidden layer; values and every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from nsa_cp.kernels.compression.backward import compress_backward
+from nsa_cp.kernels.compression.forward import compress_forward
+from nsa_cp.testing import assert_close
+
+# name: document lengths, groups, channels, l, d
+SHAPES = {
+    "overlapping": ((45, 8, 0, 7, 250), 2, 24, 8, 4),
+    "three-deep": ((61,), 1, 72, 12, 4),
+    "apart": ((33, 40), 2, 16, 8, 8),
+}
+
+
+def make_starts(lengths: tuple[int, ...], block: int, stride: int, device: str) -> Tensor:
+    """Rows at which the complete blocks of packed documents start, and three unused rows before the second document."""
+    starts, first = [], 0
+    for number, length in enumerate(lengths):
+        first += 3 if number == 1 else 0
+        starts += list(range(first, first + length - block + 1, stride))
+        first += length
+    return torch.tensor(starts, dtype=torch.int32, device=device)
+
+
+def make_weights(kind: str, groups: int, block: int, width: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+    total, hidden = block * width, 40
+    shapes = {"mean": [], "linear": [(total, width)], "mlp": [(total, hidden), (hidden, width)]}[kind]
+    matrices = [torch.randn(groups, *shape, device=device) * shape[0] ** -0.5 for shape in shapes]
+    position = [torch.randn(groups, block, width, device=device)] if matrices else []
+    return [w.to(dtype) for w in position + matrices]
+
+
+def compress(x: Tensor, starts: Tensor, weights: list[Tensor], block: int) -> Tensor:
+    """phi from its definition, block by block."""
+    blocks = torch.stack([x[s : s + block] for s in starts.tolist()])
+    mean = blocks.mean(1)
+    if not weights:
+        return mean
+    flat = (blocks.transpose(1, 2) + weights[0]).flatten(2)
+    product = torch.einsum("cgk,gkf->cgf", flat, weights[1])
+    if len(weights) == 2:
+        return product
+    return mean + torch.einsum("cgf,gfd->cgd", torch.nn.functional.silu(product), weights[2])
+
+
+@pytest.mark.parametrize("kind", ["mean", "linear", "mlp"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_and_gradients(shape: str, kind: str, dtype: torch.dtype, tolerance: float, device: str) -> None:
+    lengths, groups, width, block, stride = SHAPES[shape]
+    starts = make_starts(lengths, block, stride, device)
+    rows = sum(lengths) + 5
+    x = torch.randn(rows, groups, width, device=device).to(dtype)
+    weights = make_weights(kind, groups, block, width, dtype, device)
+    dy = torch.randn(len(starts), groups, width, device=device).to(dtype)
+
+    leaves = [t.double().requires_grad_() for t in (x, *weights)]
+    expected = compress(leaves[0], starts, leaves[1:], block)
+    gradients = torch.autograd.grad((expected * dy.double()).sum(), leaves)
+    out, hidden = compress_forward(x, starts, weights, block)
+    assert out.dtype == dtype and (hidden is not None) == (kind == "mlp")
+    assert_close(out, expected.detach(), max_relative_error=2 * tolerance, name="out")
+    dx, dweights = compress_backward(x, starts, weights, block, stride, hidden, dy)
+    assert_close([dx, *dweights], list(gradients), max_relative_error=3 * tolerance, name="gradient")
+
+
+def test_strided_inputs_and_weights_of_another_dtype(device: str) -> None:
+    starts = make_starts((40,), 8, 4, device)
+    x = torch.randn(2, 80, 24, device=device, dtype=torch.float16).transpose(0, 1)[::2]
+    weights = make_weights("mlp", 2, 8, 24, torch.float32, device)
+    out, hidden = compress_forward(x, starts, weights, 8)
+    expected, _ = compress_forward(x.contiguous(), starts, [w.half() for w in weights], 8)
+    assert out.dtype == torch.float16
+    assert_close(out, expected, max_relative_error=2e-3, name="out")
+    dx, dweights = compress_backward(x, starts, weights, 8, 4, hidden, torch.randn_like(out))
+    assert dx.shape == x.shape and all(d.shape == w.shape and d.dtype == torch.float32 for d, w in zip(dweights, weights))
+    dx, dweights = compress_backward(x, starts, weights, 8, 4, hidden, torch.zeros_like(out))
+    assert (dx == 0).all() and all((d == 0).all() for d in dweights)
+
+
+@pytest.mark.parametrize("kind", ["mean", "linear", "mlp"])
+def test_no_complete_block(kind: str, device: str) -> None:
+    weights = make_weights(kind, 2, 8, 24, torch.float32, device)
+    x = torch.randn(7, 2, 24, device=device)
+    starts = torch.empty(0, dtype=torch.int32, device=device)
+    out, hidden = compress_forward(x, starts, weights, 8)
+    assert out.shape == (0, 2, 24)
+    dx, dweights = compress_backward(x, starts, weights, 8, 4, hidden, out)
+    assert (dx == 0).all() and all((d == 0).all() for d in dweights) and len(dweights) == len(weights)
+
+
+def test_bad_arguments_are_refused(device: str) -> None:
+    x, starts = torch.zeros(20, 2, 24, device=device), torch.zeros(1, dtype=torch.int32, device=device)
+    weights = make_weights("linear", 2, 8, 24, torch.float32, device)
+    with pytest.raises(ValueError, match="do not fit blocks of 4 tokens"):
+        compress_forward(x, starts, weights, 4)
+    with pytest.raises(ValueError, match="must divide"):
+        compress_backward(x, starts, weights, 8, 3, None, torch.zeros(1, 2, 24, device=device))

@@ -1,0 +1,249 @@
+"""Selected attention kernels against dense float64 attention under the same choice of blocks; their index structures."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from nsa_cp.kernels.selected_attention.backward import selected_attention_backward, visitor_chunk
+from nsa_cp.kernels.selected_attention.forward import selected_attention_forward
+from nsa_cp.kernels.selected_attention.unions import build_unions, find_visitors
+from nsa_cp.kernels.tuning import TileConfig
+from nsa_cp.testing import assert_close
+
+SMALL = TileConfig(rows=32, keys=16, num_warps=4, num_stages=2, max_tokens=8)
+
+
+class Problem(NamedTuple):
+    """Shape of one case: queries of document lengths, of which every ``keep_every``-th row is local."""
+
+    lengths: tuple[int, ...]
+    groups: int
+    heads: int
+    dk: int
+    dv: int
+    block: int
+    picks: int
+    keep_every: int = 1
+
+
+CASES = {
+    "1head": Problem((71,), 2, 1, 32, 16, 16, 3),
+    "2heads-packed": Problem((19, 1, 0, 40, 17), 2, 2, 16, 32, 16, 2),
+    "5heads-block24": Problem((50, 31), 1, 5, 24, 40, 24, 3),
+    "16heads-block32": Problem((45,), 1, 16, 64, 64, 32, 2),
+    "4heads-every-other-row": Problem((60, 33), 1, 4, 96, 48, 16, 4, keep_every=2),
+    "8heads-wide": Problem((34, 9), 1, 8, 192, 128, 16, 2),
+}
+
+
+class Tables(NamedTuple):
+    """What the kernels read about the queries and blocks; see ``selected_attention_backward``."""
+
+    blocks: Tensor
+    position: Tensor
+    key_start: Tensor
+    block_start: Tensor
+    block_base: Tensor
+
+
+def make_tables(problem: Problem, device: str, drift: bool = False) -> Tables:
+    """Random choices among the visible blocks; a few queries choose nothing. With ``drift`` neighbours mostly agree."""
+    lengths = torch.tensor(problem.lengths)
+    starts = lengths.cumsum(0) - lengths
+    counts = -(-lengths // problem.block)
+    document = torch.arange(len(lengths)).repeat_interleave(lengths)[:: problem.keep_every]
+    position = torch.cat([torch.arange(n) for n in problem.lengths])[:: problem.keep_every]
+    block_start = torch.cat([s + problem.block * torch.arange(int(c)) for s, c in zip(starts, counts)])
+    blocks = torch.full((len(position), problem.groups, problem.picks), -1)
+    for t, own in enumerate((position // problem.block).tolist()):
+        for g in range(problem.groups):
+            if drift and own and t:
+                blocks[t, g] = blocks[t - 1, g]
+                continue
+            chosen = torch.randperm(own + 1)[: problem.picks].sort().values
+            blocks[t, g, : len(chosen)] = chosen if t % 13 != 5 else -1
+    tables = (blocks, position, starts[document], block_start, (counts.cumsum(0) - counts)[document])
+    return Tables(*(x.to(torch.int32).to(device) for x in tables))
+
+
+def make_inputs(problem: Problem, dtype: torch.dtype, device: str) -> tuple[list[Tensor], Tensor]:
+    """q, k, v, do and the gates [T, N]."""
+    keys, heads = sum(problem.lengths), problem.groups * problem.heads
+    tokens = -(-keys // problem.keep_every)
+    shapes = [(tokens, heads, problem.dk), (keys, problem.groups, problem.dk), (keys, problem.groups, problem.dv)]
+    shapes.append((tokens, heads, problem.dv))
+    return [torch.randn(shape, device=device).to(dtype) for shape in shapes], torch.rand(tokens, heads, device=device)
+
+
+def visible_keys(problem: Problem, tables: Tables) -> Tensor:
+    """Bool [T, G, S]: key rows that each query sees, written down from the definition."""
+    key = torch.arange(sum(problem.lengths), device=tables.blocks.device)
+    token = key - tables.key_start[:, None]
+    block = torch.where(token >= 0, token // problem.block, -2)
+    chosen = (tables.blocks[..., None] == block[:, None, None]).any(2)
+    return chosen & (token <= tables.position[:, None])[:, None]
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    heads = q.shape[1] // k.shape[1]
+    k, v, visible = k.repeat_interleave(heads, 1), v.repeat_interleave(heads, 1), visible.repeat_interleave(heads, 1)
+    scores = (torch.einsum("tnd,snd->tns", q, k) * scale).masked_fill(~visible, float("-inf"))
+    lse = scores.logsumexp(-1)
+    p = (scores - lse.masked_fill(lse.isinf(), 0.0)[..., None]).exp()
+    return torch.einsum("tns,snd->tnd", p, v), lse
+
+
+def dense_gradients(tensors: list[Tensor], visible: Tensor, gate: Tensor, scale: float) -> list[Tensor]:
+    q, k, v, do = (x.double() for x in tensors)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, _ = dense_attention(*leaves, visible, scale)
+    return list(torch.autograd.grad((out * do * gate.double()[..., None]).sum(), leaves))
+
+
+def run_backward(
+    tensors: list[Tensor], tables: Tables, gate: Tensor | None, problem: Problem, scale: float, **options: object
+) -> tuple[Tensor, ...]:
+    q, k, v, do = tensors
+    choice = (tables.blocks, tables.position, tables.key_start)
+    out, lse = selected_attention_forward(q, k, v, *choice, problem.block, scale, config=SMALL)
+    delta = (do.float() * out.float()).sum(-1)
+    delta = delta if gate is None else delta * gate
+    options = {"dq_config": SMALL, "dkv_config": SMALL, "chunk": 8, **options}
+    return selected_attention_backward(q, k, v, do, lse, delta, gate, *tables, problem.block, scale, **options)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forward(name: str, dtype: torch.dtype, tolerance: float, device: str) -> None:
+    problem = CASES[name]
+    (q, k, v, _), _ = make_inputs(problem, dtype, device)
+    tables = make_tables(problem, device)
+    out, lse = selected_attention_forward(
+        q, k, v, tables.blocks, tables.position, tables.key_start, problem.block, 0.3, config=SMALL
+    )
+    expected, expected_lse = dense_attention(q.double(), k.double(), v.double(), visible_keys(problem, tables), 0.3)
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    assert_close(out, expected, max_relative_error=tolerance, name="out")
+    assert_close(lse, expected_lse, atol=2e-5, rtol=1e-5, name="lse")
+    blind = (tables.blocks < 0).all(-1).any(-1)
+    assert blind.any() and (lse[blind] == float("-inf")).any()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients(name: str, dtype: torch.dtype, tolerance: float, device: str) -> None:
+    problem = CASES[name]
+    tensors, gate = make_inputs(problem, dtype, device)
+    tables = make_tables(problem, device)
+    gradients = run_backward(tensors, tables, gate, problem, 0.3)
+    expected = dense_gradients(tensors, visible_keys(problem, tables), gate, 0.3)
+    for actual, reference, which in zip(gradients, expected, ("dq", "dk", "dv")):
+        assert actual.dtype == torch.float32
+        assert_close(actual, reference, max_relative_error=2 * tolerance, name=which)
+
+
+def test_table_of_tile_shapes_and_neighbours_that_agree(dtype: torch.dtype, tolerance: float, device: str) -> None:
+    problem = CASES["1head"]
+    tensors, gate = make_inputs(problem, dtype, device)
+    tables = make_tables(problem, device, drift=True)
+    q, k, v, do = tensors
+    choice = (tables.blocks, tables.position, tables.key_start)
+    out, lse = selected_attention_forward(q, k, v, *choice, problem.block, 0.3)
+    delta = (do.float() * out.float()).sum(-1) * gate
+    gradients = selected_attention_backward(q, k, v, do, lse, delta, gate, *tables, problem.block, 0.3)
+    expected = dense_gradients(tensors, visible_keys(problem, tables), gate, 0.3)
+    assert_close(list(gradients), expected, max_relative_error=2 * tolerance, name="gradient")
+
+
+@pytest.mark.parametrize("workspace", [0, 1 << 30], ids=["a-group-a-pass", "one-pass"])
+@pytest.mark.parametrize("chunk", [4, 1000])
+def test_any_cut_of_the_lists(chunk: int, workspace: int, device: str) -> None:
+    problem = CASES["2heads-packed"]
+    tensors, gate = make_inputs(problem, torch.float32, device)
+    tables = make_tables(problem, device)
+    gradients = run_backward(tensors, tables, gate, problem, 0.3, chunk=chunk, workspace_bytes=workspace)
+    expected = dense_gradients(tensors, visible_keys(problem, tables), gate, 0.3)
+    assert_close(list(gradients), expected, max_relative_error=1e-5, name="gradient")
+    again = run_backward(tensors, tables, gate, problem, 0.3, chunk=chunk, workspace_bytes=workspace)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, again))
+
+
+def test_strided_inputs_one_group_of_several_and_dq_added_to(device: str) -> None:
+    problem = CASES["1head"]
+    tensors, gate = make_inputs(problem, torch.float32, device)
+    tables = make_tables(problem, device)
+    one = [x[:, 1:] for x in tensors]
+    tables = tables._replace(blocks=tables.blocks[:, 1:])
+    gate = gate[:, 1:]
+    assert not any(x.is_contiguous() for x in (*one, gate, tables.blocks))
+    start = torch.randn(one[0].shape, device=device)
+    dq, dk, dv = run_backward(one, tables, gate, problem, 0.3, dq=start.clone())
+    expected = dense_gradients(one, visible_keys(problem, tables), gate, 0.3)
+    assert_close([dq - start, dk, dv], expected, max_relative_error=2e-5, name="gradient")
+    ungated = run_backward(one, tables, None, problem, 0.3)
+    expected = dense_gradients(one, visible_keys(problem, tables), torch.ones_like(gate), 0.3)
+    assert_close(list(ungated), expected, max_relative_error=1e-5, name="ungated")
+
+
+@pytest.mark.parametrize("tile_tokens", [3, 8, 32])
+def test_unions_hold_each_tile_s_choices(tile_tokens: int, device: str) -> None:
+    problem = CASES["2heads-packed"]
+    tables = make_tables(problem, device)
+    unions = build_unions(tables.blocks, tables.position, tables.key_start, problem.block, tile_tokens)
+    tokens = tables.blocks.shape[0]
+    assert unions.counts.shape[0] == -(-tokens // tile_tokens)
+    for tile in range(unions.counts.shape[0]):
+        rows = range(tile * tile_tokens, min(tokens, (tile + 1) * tile_tokens))
+        for group in range(problem.groups):
+            expected: dict[int, int] = {}
+            for i, t in enumerate(rows):
+                for block in tables.blocks[t, group].tolist():
+                    if block >= 0:
+                        start = int(tables.key_start[t]) + block * problem.block
+                        expected[start] = expected.get(start, 0) | 1 << i
+            count, full = unions.counts[tile, group].tolist()
+            starts, masks = (x[tile, group, :count].tolist() for x in (unions.starts, unions.chosen))
+            assert list(zip(starts, (m & 0xFFFFFFFF for m in masks))) == sorted(expected.items())
+            first_query = min(int(tables.key_start[t] + tables.position[t]) for t in rows)
+            assert full == sum(start + problem.block - 1 <= first_query for start in expected)
+
+
+def test_visitors_invert_the_choice(device: str) -> None:
+    problem = CASES["2heads-packed"]
+    tables = make_tables(problem, device)
+    blocks, chunk = tables.block_start.shape[0], 5
+    visitors = find_visitors(tables.blocks, tables.block_base, blocks, chunk)
+    items = []
+    for group in range(problem.groups):
+        for block in range(blocks):
+            number = group * blocks + block
+            expected = [t for t in range(len(tables.position)) if block - int(tables.block_base[t]) in tables.blocks[t, group].tolist()]
+            expected = [t for t in expected if block >= tables.block_base[t]]
+            first, last = visitors.offsets[number : number + 2].tolist()
+            assert visitors.queries[first:last].tolist() == expected
+            items += [number] * max(1, -(-len(expected) // chunk))
+    assert visitors.item_lists[: len(items)].tolist() == items
+    assert (visitors.item_lists[len(items) :] >= problem.groups * blocks).all()
+    assert int(visitors.slot_offsets[blocks]) <= visitors.slots_per_group
+    assert len(items) <= problem.groups * visitors.items_per_group == len(visitors.item_lists)
+
+
+def test_partial_sums_stay_bounded() -> None:
+    """At any length the partial sums of a group are at most about 2048 blocks, and short sequences keep short work items."""
+    assert visitor_chunk(4096, 16) == 512
+    for tokens in (1 << 16, 1 << 20):
+        assert 2 * tokens * 16 // visitor_chunk(tokens, 16) <= 2048
+
+
+def test_bad_arguments_are_refused(device: str) -> None:
+    problem = CASES["1head"]
+    (q, k, v, _), _ = make_inputs(problem, torch.float32, device)
+    tables = make_tables(problem, device)
+    with pytest.raises(ValueError, match="32-bit masks"):
+        build_unions(tables.blocks, tables.position, tables.key_start, problem.block, 33)
+    with pytest.raises(ValueError, match="must be positive"):
+        selected_attention_forward(q, k, v, tables.blocks, tables.position, tables.key_start, 16, -1.0)
+    with pytest.raises(ValueError, match="do not divide"):
+        selected_attention_forward(q[:, :1], k, v, tables.blocks, tables.position, tables.key_start, 16, 1.0)
