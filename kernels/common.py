@@ -19,6 +19,10 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 INT_MAX = tl.constexpr(2147483647)
 
+# How products of float32 tiles are taken (16-bit ones have one way): three tensor-core products that together keep float32's
+# accuracy to a few roundings. Plain float32 arithmetic, "ieee", takes several times as long to compile and to run.
+FLOAT32_PRODUCTS = "tf32x3"
+
 
 def split_width(width: int) -> tuple[int, int]:
     """Power-of-two column counts ``(head, tail)`` that cover ``width`` columns; tail is 0 or at least 16.

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ..common import (
+    FLOAT32_PRODUCTS,
     INT_MAX,
     LOG2_E,
     channels_last,
@@ -74,7 +75,7 @@ def _score_blocks(
     return carry
 
 
-@triton.jit(do_not_specialize=["num_tokens", "first_token", "last_token", "max_blocks"])
+@triton.jit(do_not_specialize=["first_token", "last_token", "max_blocks"])
 def block_scores_kernel(
     q_ptr, k_ptr, lse_ptr, cmp_begin_ptr, cmp_end_ptr, position_ptr, scores_ptr,
     q_stride_t, q_stride_h, k_stride_c, k_stride_g, first_token, last_token, max_blocks, scale_log2,
@@ -97,9 +98,9 @@ def block_scores_kernel(
     head = tl.minimum(row % PADDED_HEADS, HEADS - 1)
     valid = (wanted == token) & (row % PADDED_HEADS == head)
     head += group * HEADS
-    position = token.to(tl.int64)
-    q, q_tail = load_wide(q_ptr, position * q_stride_t + head * q_stride_h, valid, DK_HEAD, DK_TAIL, DK, False)
-    lse = load_lse(lse_ptr, position * (GROUPS * HEADS) + head, valid)
+    place = token.to(tl.int64)
+    q, q_tail = load_wide(q_ptr, place * q_stride_t + head * q_stride_h, valid, DK_HEAD, DK_TAIL, DK, False)
+    lse = load_lse(lse_ptr, place * (GROUPS * HEADS) + head, valid)
     row_begin = tl.load(cmp_begin_ptr + token)
     row_end = tl.load(cmp_end_ptr + token)
 
@@ -246,7 +247,7 @@ def select_blocks_forward(
             GROUPS=groups, HEADS=heads, PADDED_HEADS=padded_heads, DK=width, DK_HEAD=head, DK_TAIL=tail,
             TOKENS=tile_tokens, BLOCKS=max(1, config.keys // padded), PADDED=padded,
             PIECES=compress_block_size // compress_stride, PER_BLOCK=per_block, SELECT_BLOCK=select_block_size,
-            PRECISION="tf32x3", num_warps=config.num_warps, num_stages=config.num_stages,
+            PRECISION=FLOAT32_PRODUCTS, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         top_blocks_kernel[((last - first) * groups,)](
             scores, position, chosen, first, max_blocks,

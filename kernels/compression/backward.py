@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common import channels_last
+from ..common import FLOAT32_PRODUCTS, channels_last
 from .forward import TILE_BLOCKS, TILE_OUT, TILE_SUM, block_channels, check_compressor
 
 
@@ -103,29 +103,32 @@ def _weight_gradient(x: torch.Tensor, starts: torch.Tensor, dh: torch.Tensor, bl
     block_weight_gradient_kernel[(programs,)](
         x, starts, dh, out, *x.stride()[:2], starts.shape[0],
         GROUPS=groups, WIDTH=width, TOTAL=total, OUT=hidden,
-        TILE_BLOCKS=TILE_BLOCKS, TILE_SUM=TILE_SUM, TILE_OUT=TILE_OUT, PRECISION="tf32x3", num_warps=4, num_stages=3,
+        TILE_BLOCKS=TILE_BLOCKS, TILE_SUM=TILE_SUM, TILE_OUT=TILE_OUT, PRECISION=FLOAT32_PRODUCTS, num_warps=4, num_stages=3,
     )  # fmt: skip
     return out
 
 
 def _row_gradient(
-    x: torch.Tensor, starts: torch.Tensor, dy: torch.Tensor | None, dh: torch.Tensor | None, weight: torch.Tensor | None,
-    block_size: int, stride: int,
+    shape: torch.Size, starts: torch.Tensor, block_size: int, stride: int, *,
+    mean: torch.Tensor | None = None, product: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """float32 [M, G, D]: the mean's share of dy [C, G, D], and dh [C, G, F] through weight [G, l*D, F]; either may be None."""
-    groups, width = x.shape[1:]
-    dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    dy, dh, weight, mean, product = (
-        dy if dy is not None else dh, dh if dh is not None else dy, weight if weight is not None else dy, dy is not None,
-        dh is not None,
-    )  # fmt: skip
-    pieces = block_size // stride
-    programs = triton.cdiv(starts.shape[0], TILE_BLOCKS) * pieces * stride * groups * triton.cdiv(width, TILE_OUT)
-    block_row_gradient_kernel[(programs,)](
+    """Gradient of rows of ``shape`` [M, G, D], float32.
+
+    Args:
+        mean: dy [C, G, D], gradient of the block means.
+        product: dh [C, G, F], gradient of the products of the flattened blocks, and their weight [G, l*D, F], of one dtype.
+    """
+    groups, width = shape[1:]
+    dx = torch.zeros(shape, dtype=torch.float32, device=starts.device)
+    # The kernel never reads the pointers of what is absent.
+    dh, weight = (mean, mean) if product is None else product
+    dy = dh if mean is None else mean
+    tiles = triton.cdiv(starts.shape[0], TILE_BLOCKS) * triton.cdiv(width, TILE_OUT)
+    block_row_gradient_kernel[(tiles * groups * block_size,)](
         starts, dy, dh, weight, dx, starts.shape[0],
         GROUPS=groups, WIDTH=width, LENGTH=block_size, STRIDE=stride, HIDDEN=dh.shape[-1],
-        TILE_BLOCKS=TILE_BLOCKS, TILE_SUM=TILE_SUM, TILE_OUT=TILE_OUT, MEAN=mean, PRODUCT=product, PRECISION="tf32x3",
-        num_warps=4, num_stages=2,
+        TILE_BLOCKS=TILE_BLOCKS, TILE_SUM=TILE_SUM, TILE_OUT=TILE_OUT, MEAN=mean is not None, PRODUCT=product is not None,
+        PRECISION=FLOAT32_PRODUCTS, num_warps=4, num_stages=2,
     )  # fmt: skip
     return dx
 
@@ -163,7 +166,7 @@ def compress_backward(
         return dx, tuple(torch.zeros(w.shape, dtype=torch.float32, device=x.device) for w in weights)
     x, dy = channels_last(x), dy.contiguous()
     if len(weights) == 0:
-        return _row_gradient(x, starts, dy, None, None, block_size, stride), ()
+        return _row_gradient(x.shape, starts, block_size, stride, mean=dy), ()
     position, weight = weights[:2]
     extra: tuple[torch.Tensor, ...] = ()
     dh, mean = dy.float(), None
@@ -178,5 +181,6 @@ def compress_backward(
     dposition = torch.bmm(weight.float(), total[..., None]).view(position.shape)
     dh = dh.to(x.dtype)
     dweight = _weight_gradient(x, starts, dh, block_size) + flat * total[:, None]
-    dx = _row_gradient(x, starts, mean, dh, weight.to(x.dtype).contiguous(), block_size, stride)
+    product = (dh, weight.to(x.dtype).contiguous())
+    dx = _row_gradient(x.shape, starts, block_size, stride, mean=mean, product=product)
     return dx, (dposition, dweight, *extra)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from ..common import channels_last
+from ..common import FLOAT32_PRODUCTS, channels_last
 
 # Tile of the products: compressed tokens, summed channels, output channels.
 TILE_BLOCKS, TILE_SUM, TILE_OUT = 64, 64, 64
@@ -109,7 +109,7 @@ def block_product(x: torch.Tensor, starts: torch.Tensor, position: torch.Tensor,
     block_product_kernel[(programs,)](
         x, starts, weight.to(x.dtype).contiguous(), bias, out, *x.stride()[:2], blocks,
         GROUPS=groups, WIDTH=x.shape[-1], TOTAL=total, OUT=out_width,
-        TILE_BLOCKS=TILE_BLOCKS, TILE_SUM=TILE_SUM, TILE_OUT=TILE_OUT, PRECISION="tf32x3", num_warps=4, num_stages=3,
+        TILE_BLOCKS=TILE_BLOCKS, TILE_SUM=TILE_SUM, TILE_OUT=TILE_OUT, PRECISION=FLOAT32_PRODUCTS, num_warps=4, num_stages=3,
     )  # fmt: skip
     return out
 

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ..common import channels_last
 
-# Bytes of one tensor that a program handles.
+# Elements of one branch that a program handles.
 _TILE_ELEMENTS = 4096
 
 

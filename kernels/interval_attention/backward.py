@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ..common import (
+    FLOAT32_PRODUCTS,
     INT_MAX,
     LOG2_E,
     accumulator,
@@ -308,7 +309,7 @@ def interval_attention_backward(
     (dk_head, dk_tail), (dv_head, dv_tail) = split_width(dk_width), split_width(dv_width)
     shared = dict(
         GROUPS=groups, HEADS=heads, DK=dk_width, DK_HEAD=dk_head, DK_TAIL=dk_tail, DV=dv_width, DV_HEAD=dv_head, DV_TAIL=dv_tail,
-        GATED=gated, PRECISION="tf32x3",
+        GATED=gated, PRECISION=FLOAT32_PRODUCTS,
     )  # fmt: skip
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *do.stride()[:2], *gate_strides)
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ..common import (
+    FLOAT32_PRODUCTS,
     INT_MAX,
     LN_2,
     LOG2_E,
@@ -178,7 +179,7 @@ def interval_attention_forward(
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2],
         tokens, scale * LOG2_E.value,
         GROUPS=groups, HEADS=heads, DK=dk, DK_HEAD=dk_head, DK_TAIL=dk_tail, DV=dv, DV_HEAD=dv_head, DV_TAIL=dv_tail,
-        TOKENS=tile_tokens, ROWS=config.rows, KEYS=config.keys, PRECISION="tf32x3",
+        TOKENS=tile_tokens, ROWS=config.rows, KEYS=config.keys, PRECISION=FLOAT32_PRODUCTS,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out, lse

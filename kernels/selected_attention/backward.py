@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ..common import (
+    FLOAT32_PRODUCTS,
     LOG2_E,
     accumulator,
     channels_last,
@@ -335,7 +336,7 @@ def selected_attention_backward(
     (dk_head, dk_tail), (dv_head, dv_tail) = split_width(dk_width), split_width(dv_width)
     shared = dict(
         GROUPS=groups, HEADS=heads, DK=dk_width, DK_HEAD=dk_head, DK_TAIL=dk_tail, DV=dv_width, DV_HEAD=dv_head, DV_TAIL=dv_tail,
-        BLOCK=block_size, GATED=gated, PRECISION="tf32x3",
+        BLOCK=block_size, GATED=gated, PRECISION=FLOAT32_PRODUCTS,
     )  # fmt: skip
     rows = (q, k, v, do, lse, delta, gate)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *do.stride()[:2], *gate_strides)

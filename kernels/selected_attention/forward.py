@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ..common import (
+    FLOAT32_PRODUCTS,
     LOG2_E,
     channels_last,
     check_heads,
@@ -188,7 +189,7 @@ def selected_attention_forward(
         tokens, num_keys, scale * LOG2_E.value,
         GROUPS=groups, HEADS=heads, DK=dk, DK_HEAD=dk_head, DK_TAIL=dk_tail, DV=dv, DV_HEAD=dv_head, DV_TAIL=dv_tail,
         ENTRIES=unions.starts.shape[-1], BLOCK=block_size, KEYS=keys, PARTS=parts,
-        TOKENS=tile_tokens, ROWS=config.rows, PRECISION="tf32x3",
+        TOKENS=tile_tokens, ROWS=config.rows, PRECISION=FLOAT32_PRODUCTS,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out, lse

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nsa_cp.bench.inputs import AttentionInputs, HeadLayout, make_inputs, neighbour_agreement
-from nsa_cp.bench.timing import Timing, measure
+from nsa_cp.bench.timing import Timing, measure, peak_memory
 from nsa_cp.config import NSAConfig
 from nsa_cp.ops import (
     combine_branches,
@@ -30,12 +30,16 @@ from nsa_cp.ops import (
     window_attention,
 )
 
+IMPLEMENTATIONS = ("nsa", "dense_cudnn", "dense_flash")
 STAGES = ("compression", "compressed", "selection", "selected", "window", "gating")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of ``docs/benchmarks/attention.csv``; times in milliseconds, memory in GiB."""
+    """One line of ``docs/benchmarks/attention.csv``: times in milliseconds; memory in GiB for the whole, 0 for stages.
+
+    Memory is the peak of allocations, inputs included: of a forward, or (pass backward) of forward and backward together.
+    """
 
     seq_len: int
     num_heads: int
@@ -74,7 +78,7 @@ class Case:
 def run_attention_benchmark(
     cases: Sequence[Case],
     *,
-    implementations: Sequence[str] = ("nsa", "dense_cudnn", "dense_flash"),
+    implementations: Sequence[str] = IMPLEMENTATIONS,
     stages: bool = False,
     repetitions: int = 10,
 ) -> Iterator[Row]:
@@ -86,20 +90,28 @@ def run_attention_benchmark(
     """
     machine = _machine(cases[0].device) if cases else {}
     for case in cases:
-        rotation = [
-            make_inputs(case.config, case.heads, case.seq_len, case.inputs, seed=seed, device=case.device, dtype=case.dtype)
-            for seed in range(2)
-        ]
-        agreement = _agreement(case, rotation[0])
+        inputs = [_inputs(case, seed=0)]
+        peaks = {impl: _peaks(case, impl, inputs[0]) for impl in implementations}
+        # Timed on two sets of inputs in turn; memory is measured while there is only one.
+        inputs.append(_inputs(case, seed=1))
+        agreement = _agreement(case, inputs[0])
         for impl in implementations:
-            for stage, pass_, timing in _measure_case(case, impl, rotation, stages and impl == "nsa", repetitions):
-                heads = asdict(case.heads)
-                name = str(case.dtype).removeprefix("torch.")
-                rounded = Timing(*(round(x, 4) for x in timing))
+            if peaks[impl] is None:
+                continue
+            for stage, pass_, timing in _measure_case(case, impl, inputs, stages and impl == "nsa", repetitions):
                 yield Row(
-                    case.seq_len, **heads, dtype=name, inputs=case.inputs, agreement=round(agreement, 3), impl=impl,
-                    stage=stage, pass_=pass_, **rounded._asdict(), **machine,
-                )  # fmt: skip
+                    case.seq_len,
+                    **asdict(case.heads),
+                    dtype=str(case.dtype).removeprefix("torch."),
+                    inputs=case.inputs,
+                    agreement=round(agreement, 3),
+                    impl=impl,
+                    stage=stage,
+                    pass_=pass_,
+                    **Timing(*(round(x, 4) for x in timing))._asdict(),
+                    peak_gib=round(peaks[impl][pass_], 3) if stage == "all" else 0.0,
+                    **machine,
+                )
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
@@ -112,16 +124,30 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
         writer.writerows(asdict(row).values() for row in rows)
 
 
+def _inputs(case: Case, seed: int) -> AttentionInputs:
+    return make_inputs(case.config, case.heads, case.seq_len, case.inputs, seed=seed, device=case.device, dtype=case.dtype)
+
+
+def _peaks(case: Case, impl: str, x: AttentionInputs) -> dict[str, float] | None:
+    """Peak memory of a forward, and of forward and backward, inputs and gradients included; None where it cannot run."""
+    forward = _implementation(case, impl)
+
+    def both() -> list[torch.Tensor]:
+        out, leaves = forward(x)
+        return [out, *torch.autograd.grad(out, leaves, x.grad)]
+
+    try:
+        return {"forward": peak_memory(lambda: forward(x), case.device), "backward": peak_memory(both, case.device)}
+    except RuntimeError as error:
+        if impl == "nsa" or not str(error).startswith(("No available kernel", "No viable backend")):
+            raise
+        return None
+
+
 def _measure_case(
     case: Case, impl: str, rotation: list[AttentionInputs], stages: bool, repetitions: int
 ) -> Iterator[tuple[str, str, Timing]]:
-    forward = _implementation(case, impl)
-    try:
-        yield from _measure_passes("all", forward, rotation, case.device, repetitions)
-    except RuntimeError as error:
-        if impl == "nsa" or "No available kernel" not in str(error):
-            raise
-        return
+    yield from _measure_passes("all", _implementation(case, impl), rotation, case.device, repetitions)
     if stages:
         for stage in STAGES:
             yield from _measure_passes(stage, _stage(case, stage, rotation[0]), rotation[:1], case.device, repetitions)

@@ -11,12 +11,11 @@ import torch
 
 
 class Timing(NamedTuple):
-    """20th, 50th and 80th percentile in milliseconds, and the peak of allocated memory in GiB (0 on a CPU)."""
+    """20th, 50th and 80th percentile in milliseconds."""
 
     p20_ms: float
     p50_ms: float
     p80_ms: float
-    peak_gib: float
 
 
 def measure(call: Callable[[int], object], device: torch.device, *, warmup: int = 2, repetitions: int = 10) -> Timing:
@@ -24,17 +23,26 @@ def measure(call: Callable[[int], object], device: torch.device, *, warmup: int 
     for i in range(warmup):
         call(i)
     if device.type != "cuda":
-        return Timing(*_percentiles([_host_time(call, i) for i in range(repetitions)]), 0.0)
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
+        return Timing(*_percentiles([_host_time(call, i) for i in range(repetitions)]))
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repetitions)]
     for i, (start, end) in enumerate(events):
         start.record()
         call(i)
         end.record()
     torch.cuda.synchronize(device)
-    times = [start.elapsed_time(end) for start, end in events]
-    return Timing(*_percentiles(times), torch.cuda.max_memory_allocated(device) / 2**30)
+    return Timing(*_percentiles([start.elapsed_time(end) for start, end in events]))
+
+
+def peak_memory(call: Callable[[], object], device: torch.device) -> float:
+    """Peak of allocated memory during ``call`` in GiB, what was allocated before it included; 0 on a CPU."""
+    if device.type != "cuda":
+        call()
+        return 0.0
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) / 2**30
 
 
 def _host_time(call: Callable[[int], object], i: int) -> float:

@@ -36,6 +36,10 @@ from nsa_cp.ops.selected import selected_attention_backward, selected_attention_
 from nsa_cp.ops.selection import select_blocks_forward
 
 
+# Bytes of the float32 query gradient held at once in the backward.
+DQ_BUDGET = 1 << 29
+
+
 class NSAOutput(NamedTuple):
     """Result of :func:`native_sparse_attention` for the local rows; all but ``out`` carry no gradient.
 
@@ -96,7 +100,7 @@ def native_sparse_attention(
     k_cmp = rotated[0] if config.compressed_rope == "before" else k[0]
     slc, win = 1 % len(k), 2 % len(k)
     branches = (k_cmp, v[0], rotated[slc], v[slc], rotated[win], v[win])
-    call = _Call(plan, group, resolve_backend(config.backend, q), len(k_weights), rotary)
+    call = _Call(plan, group, resolve_backend(config.backend, q), len(k_weights), rotary, q.shape[1] // v[0].shape[1])
     return NSAOutput(*_NativeSparseAttention.apply(call, blocks, q, *branches, gates, *k_weights, *v_weights))
 
 
@@ -109,15 +113,26 @@ class _Call:
     backend: str
     num_k_weights: int
     rotary: RotaryConfig | None
+    heads_per_group: int
 
     def halo_exchange(self) -> HaloExchange:
         """For (k_cmp, v_cmp, k_win, v_win)."""
         compression, window = self.plan.compression_halo, self.plan.window_halo
         return HaloExchange([compression, compression, window, window], self.group)
 
-    def group_slices(self, groups: int) -> list[slice]:
-        """K/V groups whose raw rows are resident at a time: all on one process, one after the other under CP."""
-        return [slice(0, groups)] if group_size(self.group) == 1 else [slice(g, g + 1) for g in range(groups)]
+    def groups_at_once(self, q: torch.Tensor, groups: int, *, backward: bool) -> int:
+        """K/V groups computed on at a time: one under CP, where only one group's raw rows are resident.
+
+        On one process all of them, but in the backward no more than keep the float32 dq within a budget.
+        """
+        if group_size(self.group) > 1:
+            return 1
+        dq_bytes = 4 * q.numel() // groups
+        return max(1, min(groups, DQ_BUDGET // max(1, dq_bytes))) if backward else groups
+
+    def heads_of(self, groups: slice) -> slice:
+        """Query heads of a slice of groups."""
+        return slice(groups.start * self.heads_per_group, groups.stop * self.heads_per_group)
 
     def compress(
         self, k: torch.Tensor, v: torch.Tensor, weights: Sequence[torch.Tensor]
@@ -142,7 +157,7 @@ class _NativeSparseAttention(torch.autograd.Function):
         compressed = call.compress(*buffers, weights)
         # Small messages first: the compressed tokens, then the first group's raw keys and values.
         whole = _CompressedTokens(call, compressed)
-        raw = _GroupGather(call, k_slc, v_slc)
+        raw = _GroupGather(call, k_slc, v_slc, call.groups_at_once(q, v_slc.shape[1], backward=False))
         out_win, lse_win = interval_attention_forward(q, k_window, v_window, plan.window_intervals, backend)
         out_cmp, lse_cmp = whole.attend(q)
         if blocks is None:
@@ -164,30 +179,46 @@ class _NativeSparseAttention(torch.autograd.Function):
         halo = call.halo_exchange()
         halo.start([k_cmp, v_cmp, k_win, v_win])
         gate_gradients = combine_backward(grad, outs, gates, backend)
-        upstream = [(grad, lse, delta, gate) for lse, delta, gate in zip(lses, gate_gradients.delta, gate_gradients.gate, strict=True)]
+        # For each branch (grad, lse, delta, gate).
+        upstream = list(zip([grad] * 3, lses, gate_gradients.delta, gate_gradients.gate, strict=True))
         k_buffer, v_buffer, k_window, v_window = halo.wait()
         compression = _RecomputedCompression(call, k_buffer, v_buffer, weights)
         gathered = RowGather(compression.outputs, plan.compressed_partition, call.group)
-        raw = _GroupGather(call, k_slc, v_slc)
-
-        window = interval_attention_backward(q, k_window, v_window, *upstream[2], plan.window_intervals, backend)
-        intervals = plan.compressed_intervals
-        dq, *d_cmp = interval_attention_backward(q, *gathered.wait(), *upstream[0], intervals, backend, dq=window.dq)
-        returned = RowReduceScatter(d_cmp, plan.compressed_partition, call.group)
-        dk_slc, dv_slc = _selected_branch_backward(call, q, blocks, raw, upstream[1], dq)
-        dk_buffer, dv_buffer, *dweights = compression.backward(returned.wait())
-        halo.start_return([dk_buffer, dv_buffer, window.dk, window.dv])
+        raw = _GroupGather(call, k_slc, v_slc, call.groups_at_once(q, v_slc.shape[1], backward=True))
+        k_whole, v_whole = gathered.wait()
+        dq = torch.empty_like(q)
+        pending: list[tuple[RowReduceScatter, RowReduceScatter, list[torch.Tensor]]] = []
+        for groups, k_raw, v_raw in raw:
+            heads = call.heads_of(groups)
+            q_part, blocks_part = q[:, heads], blocks[:, groups]
+            cmp, slc, win = ([x[:, heads] for x in branch] for branch in upstream)
+            # One float32 dq for the three branches, and only for these groups' heads: whole, it would be the backward's
+            # largest tensor.
+            part, *d_win = interval_attention_backward(
+                q_part, k_window[:, groups], v_window[:, groups], *win, plan.window_intervals, backend
+            )
+            _, *d_cmp = interval_attention_backward(
+                q_part, k_whole[:, groups], v_whole[:, groups], *cmp, plan.compressed_intervals, backend, dq=part
+            )
+            _, *d_slc = selected_attention_backward(q_part, k_raw, v_raw, *slc, blocks_part, plan, backend, dq=part)
+            dq[:, heads] = part
+            sums = RowReduceScatter(d_cmp, plan.compressed_partition, call.group)
+            pending.append((sums, RowReduceScatter(d_slc, plan.row_partition, call.group), d_win))
+        arrived = [(cmp.wait(), slc.wait(), win) for cmp, slc, win in pending]
+        d_cmp, d_slc, d_win = (_join_groups(parts) for parts in zip(*arrived, strict=True))
+        dk_buffer, dv_buffer, *dweights = compression.backward(d_cmp)
+        halo.start_return([dk_buffer, dv_buffer, *d_win])
         dk_cmp, dv_cmp, dk_win, dv_win = halo.wait_return()
-        gradients = (dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win)
-        return None, None, *(g.to(q.dtype) for g in gradients), gate_gradients.dgates, *dweights
+        gradients = (dk_cmp, dv_cmp, *d_slc, dk_win, dv_win)
+        return None, None, dq, *(g.to(q.dtype) for g in gradients), gate_gradients.dgates, *dweights
 
 
 class _GroupGather:
     """Whole K and V of the selected branch, a slice of groups at a time: the first is on its way from construction."""
 
-    def __init__(self, call: _Call, k: torch.Tensor, v: torch.Tensor) -> None:
+    def __init__(self, call: _Call, k: torch.Tensor, v: torch.Tensor, at_once: int) -> None:
         self.call, self.k, self.v = call, k, v
-        self.slices = call.group_slices(k.shape[1])
+        self.slices = [slice(g, min(g + at_once, k.shape[1])) for g in range(0, k.shape[1], at_once)]
         self.pending = self._start(self.slices[0])
 
     def _start(self, groups: slice) -> RowGather:
@@ -247,36 +278,23 @@ class _RecomputedCompression:
 def _selected_branch(
     call: _Call, q: torch.Tensor, blocks: torch.Tensor, raw: _GroupGather, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Selected attention, one group slice after the other as its keys and values arrive."""
-    heads = q.shape[1] // v.shape[1]
+    """Selected attention, one slice of groups after the other as its keys and values arrive."""
+    if len(raw.slices) == 1:
+        ((_, k_whole, v_whole),) = raw
+        return selected_attention_forward(q, k_whole, v_whole, blocks, call.plan, call.backend)
     out = q.new_empty(*q.shape[:2], v.shape[-1])
     lse = q.new_empty(q.shape[:2], dtype=accumulator_dtype(q))
     for groups, k_whole, v_whole in raw:
-        part = slice(groups.start * heads, groups.stop * heads)
-        out[:, part], lse[:, part] = selected_attention_forward(
-            q[:, part], k_whole, v_whole, blocks[:, groups], call.plan, call.backend
+        heads = call.heads_of(groups)
+        out[:, heads], lse[:, heads] = selected_attention_forward(
+            q[:, heads], k_whole, v_whole, blocks[:, groups], call.plan, call.backend
         )
     return out, lse
 
 
-def _selected_branch_backward(
-    call: _Call, q: torch.Tensor, blocks: torch.Tensor, raw: _GroupGather, upstream: tuple[torch.Tensor, ...], dq: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """dk, dv of the local rows, and dq added into ``dq``; a slice's reduce-scatter runs while the next one computes."""
-    heads = q.shape[1] // blocks.shape[1]
-    pending: list[RowReduceScatter] = []
-    done: list[list[torch.Tensor]] = []
-    for groups, k_whole, v_whole in raw:
-        part = slice(groups.start * heads, groups.stop * heads)
-        gradients = selected_attention_backward(
-            q[:, part], k_whole, v_whole, *(x[:, part] for x in upstream), blocks[:, groups], call.plan, call.backend,
-            dq=dq[:, part],
-        )  # fmt: skip
-        if pending:
-            done.append(pending.pop().wait())
-        pending.append(RowReduceScatter([gradients.dk, gradients.dv], call.plan.row_partition, call.group))
-    done.append(pending.pop().wait())
-    return torch.cat([dk for dk, _ in done], 1), torch.cat([dv for _, dv in done], 1)
+def _join_groups(parts: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+    """Tensors [rows, G, D] from those of each slice of groups."""
+    return [torch.cat(slices, 1) if len(slices) > 1 else slices[0] for slices in zip(*parts, strict=True)]
 
 
 def _check_inputs(

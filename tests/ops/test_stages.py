@@ -20,7 +20,7 @@ from nsa_cp.ops import (
     selected_attention,
     window_attention,
 )
-from nsa_cp.ops import interval_attention, selected, selection
+from nsa_cp.ops import interval_attention, pipeline, selected, selection
 from nsa_cp.testing import assert_close
 from nsa_cp.testing.cases import make_problem, solve
 
@@ -36,6 +36,7 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interval_attention, "SCORE_BUDGET", 4096)
     monkeypatch.setattr(selection, "SCORE_BUDGET", 4096)
     monkeypatch.setattr(selected, "GATHER_BUDGET", 8192)
+    monkeypatch.setattr(pipeline, "DQ_BUDGET", 8192)
 
 
 @st.composite
