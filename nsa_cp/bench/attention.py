@@ -8,7 +8,6 @@ Attention only: no projections, no position embedding. Every row of the CSV is o
 from __future__ import annotations
 
 import csv
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nsa_cp.bench.inputs import AttentionInputs, HeadLayout, make_inputs, neighbour_agreement
+from nsa_cp.bench.machine import machine_facts
 from nsa_cp.bench.timing import Timing, measure, peak_memory
 from nsa_cp.config import NSAConfig
 from nsa_cp.ops import (
@@ -88,7 +88,7 @@ def run_attention_benchmark(
         implementations: of ``nsa``, ``dense_cudnn``, ``dense_flash``; a dense one that the device refuses is left out.
         stages: also time each stage of ``nsa`` alone.
     """
-    machine = _machine(cases[0].device) if cases else {}
+    machine = machine_facts(cases[0].device) if cases else {}
     for case in cases:
         inputs = [_inputs(case, seed=0)]
         peaks = {impl: _peaks(case, impl, inputs[0]) for impl in implementations}
@@ -236,18 +236,6 @@ def _agreement(case: Case, x: AttentionInputs) -> float:
     k_cmp, _ = compress_kv(x.k[0], x.v[0], x.k_weights, x.v_weights, case.config)
     blocks = select_blocks(x.q[:, :heads], k_cmp[:, :1], case.config, backend=case.config.backend)
     return neighbour_agreement(blocks, case.config)
-
-
-def _machine(device: torch.device) -> dict[str, str]:
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = "none"
-    answer = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return {"gpu": gpu, "torch": torch.__version__, "triton": triton_version, "commit": answer.stdout.strip() or "unknown"}
 
 
 def default_cases(

@@ -161,7 +161,7 @@ class _NativeSparseAttention(torch.autograd.Function):
         out_win, lse_win = interval_attention_forward(q, k_window, v_window, plan.window_intervals, backend)
         out_cmp, lse_cmp = whole.attend(q)
         if blocks is None:
-            blocks = select_blocks_forward(q, whole.keys, lse_cmp, plan, backend)
+            blocks = select_blocks_forward(q, whole.keys, lse_cmp if whole.in_one_pass else None, plan, backend)
         out_slc, lse_slc = _selected_branch(call, q, blocks, raw, v_slc)
         outs, lses = (out_cmp, out_slc, out_win), (lse_cmp, lse_slc, lse_win)
         ctx.save_for_backward(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, blocks, *outs, *lses, *weights)
@@ -238,6 +238,9 @@ class _CompressedTokens:
     def __init__(self, call: _Call, own: Sequence[torch.Tensor]) -> None:
         self.call, self.own = call, own
         self.keys = own[0]
+        # Merged from shards, the log-sum-exp depends in its last bits on their order, and with it the choice between nearly
+        # equal blocks. Scoring then forms its own, so that the choice is one process's, bit for bit.
+        self.in_one_pass = group_size(call.group) == 1 or call.plan.config.compressed_comm == "all_gather"
         transport = RowRing if call.plan.config.compressed_comm == "ring" else RowGather
         self.transport = transport(own, call.plan.compressed_partition, call.group)
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from nsa_cp.config import NSAConfig
 from nsa_cp.ops.dispatch import accumulator_dtype
+from nsa_cp.ops.interval_attention import interval_attention_forward
 from nsa_cp.ops.plan import NSAPlan
 
 # Scores held at once by the torch path, in elements: 64 MiB in float32.
@@ -21,8 +22,8 @@ def select_blocks_forward(
 
     Args:
         q: [T, N, Dk]. k_cmp: [C, G, Dk], complete and in global order.
-        lse: [T, N] of the compressed branch; the torch path forms it again from the scores it has at hand, so that the
-            choice does not depend on the order in which the branch was accumulated.
+        lse: [T, N] of the compressed branch over all of ``k_cmp`` in one pass, or None to form it here. The torch path always
+            forms it from the scores it has at hand.
 
     Returns:
         int32 [T, G, n], block numbers within the query's document, ascending, -1 padded.
@@ -32,6 +33,9 @@ def select_blocks_forward(
         from nsa_cp.kernels.block_selection.forward import select_blocks_forward as kernel
 
         begin, end = plan.compressed_intervals.of_queries
+        if lse is None:
+            # Of the attention only the normaliser is wanted: a few value channels keep its second product cheap.
+            _, lse = interval_attention_forward(q, k_cmp, k_cmp[..., :16], plan.compressed_intervals, backend)
         return kernel(
             q, k_cmp, lse, begin, end, plan.position,
             config.compress_block_size, config.compress_stride, config.select_block_size,

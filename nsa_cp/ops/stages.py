@@ -148,10 +148,7 @@ def select_blocks(
     check_heads(q, k_cmp)
     plan = _plan(q, config, cu_seqlens)
     check_rows(k_cmp=k_cmp, expected=plan.compressed_intervals.num_keys)
-    resolved = resolve_backend(backend, q)
-    if lse is None and resolved == "triton":
-        _, lse = interval_attention_forward(q, k_cmp, k_cmp, plan.compressed_intervals, resolved)
-    return select_blocks_forward(q, k_cmp, lse, plan, resolved)
+    return select_blocks_forward(q, k_cmp, lse, plan, resolve_backend(backend, q))
 
 
 def selected_attention(
