@@ -31,8 +31,8 @@ class NSAConfig:
             rotated keys (``before``).
         gate: one gate for each query ``head`` and branch, or one for each token and ``branch``.
         layout: how a sequence is cut over context-parallel ranks.
-        compressed_comm: how compressed keys and values travel: a ``ring`` that overlaps the compressed branch, or one
-            ``all_gather``.
+        compressed_comm: how compressed keys and values travel: one ``all_gather`` behind the window branch, or a ``ring``
+            that the compressed branch follows shard by shard.
         backend: ``triton`` (CUDA), ``torch`` (anywhere), or ``auto``: Triton where it runs.
 
     Raises:
@@ -51,7 +51,7 @@ class NSAConfig:
     compressed_rope: CompressedRope = "after"
     gate: GateGranularity = "head"
     layout: LayoutKind = "zigzag"
-    compressed_comm: CompressedComm = "ring"
+    compressed_comm: CompressedComm = "all_gather"
     backend: Backend = "auto"
 
     def __post_init__(self) -> None:

@@ -204,7 +204,7 @@ def _stage(case: Case, stage: str, x: AttentionInputs) -> Callable[[AttentionInp
     outs = [torch.randn_like(out_cmp).requires_grad_() for _ in range(3)] if stage == "gating" else []
 
     def compression(x: AttentionInputs) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        k, v = compress_kv(x.k[0], x.v[0], x.k_weights, x.v_weights, config)
+        k, v = compress_kv(x.k[0], x.v[0], x.k_weights, x.v_weights, config, backend=config.backend)
         return torch.cat([k.flatten(), v.flatten()]), [x.k[0], x.v[0], *x.k_weights, *x.v_weights]
 
     def selection(x: AttentionInputs) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -11,7 +11,9 @@ from nsa_cp.config import NSAConfig
 CompressorWeights = tuple[torch.Tensor, ...]
 
 
-def compress(x: torch.Tensor, starts: torch.Tensor, weights: CompressorWeights, config: NSAConfig) -> torch.Tensor:
+def compress(
+    x: torch.Tensor, starts: torch.Tensor, weights: CompressorWeights, config: NSAConfig, backend: str = "torch"
+) -> torch.Tensor:
     """phi of the blocks ``x[starts[c] : starts[c] + l]``, one phi for each head; differentiable.
 
     ``mean``: the block mean. ``linear``: ``flatten(x + position) @ weight``. ``mlp``: block mean plus
@@ -21,10 +23,13 @@ def compress(x: torch.Tensor, starts: torch.Tensor, weights: CompressorWeights, 
         x: [M, G, D].
         starts: int32 [C], rows of x.
         weights: ``position`` [G, l, D], ``weight`` [G, l*D, D], ``w1`` [G, l*D, F], ``w2`` [G, F, D].
+        backend: ``torch``, or ``triton`` where blocks that overlap follow each other without gaps.
 
     Returns:
         [C, G, D] in the dtype of x.
     """
+    if backend == "triton":
+        return _KernelCompress.apply(x, starts, config, *weights)
     block = torch.arange(config.compress_block_size, device=x.device)
     blocks = x[starts.to(torch.int64)[:, None] + block].permute(2, 0, 1, 3)
     if config.compressor == "mean":
@@ -33,6 +38,26 @@ def compress(x: torch.Tensor, starts: torch.Tensor, weights: CompressorWeights, 
     if config.compressor == "linear":
         return (flat @ weights[1]).transpose(0, 1)
     return (blocks.mean(2) + F.silu(flat @ weights[1]) @ weights[2]).transpose(0, 1)
+
+
+class _KernelCompress(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, starts, config: NSAConfig, *weights):  # noqa: ANN001, ANN205
+        from nsa_cp.kernels.compression.forward import compress_forward
+
+        out, hidden = compress_forward(x, starts, weights, config.compress_block_size)
+        ctx.save_for_backward(x, starts, hidden, *weights)
+        ctx.config = config
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # noqa: ANN001, ANN205
+        from nsa_cp.kernels.compression.backward import compress_backward
+
+        x, starts, hidden, *weights = ctx.saved_tensors
+        length, stride = ctx.config.compress_block_size, ctx.config.compress_stride
+        dx, dweights = compress_backward(x, starts, weights, length, stride, hidden, grad)
+        return dx.to(x.dtype), None, None, *(g.to(w.dtype) for g, w in zip(dweights, weights, strict=True))
 
 
 def initial_compressor_weights(

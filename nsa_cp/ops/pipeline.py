@@ -140,11 +140,12 @@ class _Call:
         """This rank's compressed keys, rotated where that comes after compression, and values."""
         plan = self.plan
         k_weights, v_weights = tuple(weights[: self.num_k_weights]), tuple(weights[self.num_k_weights :])
-        k_cmp = compress(k, plan.compression_starts, k_weights, plan.config)
+        backend = self.backend if plan.compression_is_gapless else "torch"
+        k_cmp = compress(k, plan.compression_starts, k_weights, plan.config, backend)
         if self.rotary is not None and plan.config.compressed_rope == "after":
             tables = rotary_tables(plan.own_compressed_position, self.rotary, k.shape[-1], accumulator_dtype(k))
             k_cmp = apply_rope(k_cmp, *tables)
-        return k_cmp, compress(v, plan.compression_starts, v_weights, plan.config)
+        return k_cmp, compress(v, plan.compression_starts, v_weights, plan.config, backend)
 
 
 class _NativeSparseAttention(torch.autograd.Function):

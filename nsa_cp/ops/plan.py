@@ -86,6 +86,12 @@ class NSAPlan:
         return self._tensor(np.searchsorted(self.compression_halo.buffer_rows, self.compressed_start[self.own_compressed]))
 
     @cached_property
+    def compression_is_gapless(self) -> bool:
+        """Own blocks that overlap follow each other at stride d: not so only where another rank's chunk is shorter than l."""
+        steps = np.diff(self.compressed_start[self.own_compressed])
+        return bool(np.all((steps == self.config.compress_stride) | (steps >= self.config.compress_block_size)))
+
+    @cached_property
     def own_compressed_position(self) -> torch.Tensor:
         """Document position of the first token of each own compressed token, int32: where its key is rotated."""
         return self._tensor(self.compressed_position[self.own_compressed])

@@ -81,6 +81,7 @@ def compress_kv(
     config: NSAConfig,
     cu_seqlens: Sequence[int] | None = None,
     rotary: RotaryConfig | None = None,
+    backend: Backend = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compressed keys and values [C, G, Dk], [C, G, Dv] (paper section 3.3.1).
 
@@ -90,11 +91,13 @@ def compress_kv(
         rotary: given, compressed key i is rotated at position i * d of its document.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes that do not fit together, or a backend that cannot run here.
     """
     check_rows(k=k, v=v)
     plan = _plan(k, config, cu_seqlens)
-    k_cmp, v_cmp = compress(k, plan.compression_starts, k_weights, config), compress(v, plan.compression_starts, v_weights, config)
+    resolved = resolve_backend(backend, k)
+    k_cmp = compress(k, plan.compression_starts, k_weights, config, resolved)
+    v_cmp = compress(v, plan.compression_starts, v_weights, config, resolved)
     if rotary is not None:
         k_cmp = apply_rope(k_cmp, *rotary_tables(plan.own_compressed_position, rotary, k.shape[-1], _table_dtype(k)))
     return k_cmp, v_cmp

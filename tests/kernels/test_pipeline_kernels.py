@@ -1,0 +1,29 @@
+"""The whole method on the kernels, as the ops call them, beside the torch path in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nsa_cp.config import NSAConfig, RotaryConfig
+from nsa_cp.testing import relative_error
+from nsa_cp.testing.cases import make_problem, solve
+
+CONFIG = NSAConfig(
+    compress_block_size=8, compress_stride=4, select_block_size=16, num_selected_blocks=3, num_local_blocks=1, window_size=20
+)
+
+
+@pytest.mark.parametrize("compressor", ["mlp", "linear"])
+def test_whole_method(compressor: str, device: str) -> None:
+    config = replace(CONFIG, compressor=compressor, shared_kv=compressor == "linear", backend="triton")
+    exact = make_problem(config, (0, 3, 43), rotary=RotaryConfig(), dtype=torch.float32).to(device, torch.float64)
+    exact = replace(exact, config=replace(config, backend="torch"))
+    expected = solve(exact)
+    actual = solve(replace(exact.to(torch.float32), config=config))
+    assert torch.equal(actual["blocks"], expected["blocks"])
+    for name, value in expected.items():
+        if name != "blocks":
+            assert relative_error(actual[name], value) < 5e-6, name
