@@ -174,9 +174,7 @@ def full_attention(
     _check(q, k, v, layout, cp_group)
     q, k = _rotate(q, k, layout, rotary)
     k, v = gather_rows([k, v], _row_partition(layout, q.device), cp_group)
-    outs = [
-        _causal_sdpa(q[first:last], k[start:end], v[start:end]) for first, last, start, end in _causal_segments(layout)
-    ]
+    outs = [_causal_sdpa(q[first:last], k[start:end], v[start:end]) for first, last, start, end in _causal_segments(layout)]
     return torch.cat(outs) if outs else q.new_zeros(*q.shape[:2], v.shape[-1])
 
 
@@ -215,7 +213,9 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLa
     check_heads(q, k, v)
     check_rows(q=q, k=k, v=v, expected=layout.num_local_tokens)
     if layout.cp_size != group_size(group):
-        raise ValueError(f"the layout is cut for {layout.cp_size} ranks, the process group has {group_size(group)}; build it anew")
+        raise ValueError(
+            f"the layout is cut for {layout.cp_size} ranks, the process group has {group_size(group)}; build it anew"
+        )
 
 
 def _rotate(

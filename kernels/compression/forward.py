@@ -87,8 +87,8 @@ def check_compressor(weights: Sequence[torch.Tensor], block_size: int, groups: i
     hidden = shapes[1][-1] if len(shapes) == 3 else 0
     if shapes not in ([], linear, [linear[0], (groups, total, hidden), (groups, hidden, width)]):
         raise ValueError(
-            f"weights of shapes {shapes} do not fit blocks of {block_size} tokens, {groups} groups and {width} channels; pass none "
-            f"(mean), position and weight {linear} (linear), or position, w1 [G, l*D, F] and w2 [G, F, D] (mlp)"
+            f"weights of shapes {shapes} do not fit blocks of {block_size} tokens, {groups} groups and {width} channels; "
+            f"pass none (mean), position and weight {linear} (linear), or position, w1 [G, l*D, F] and w2 [G, F, D] (mlp)"
         )
 
 

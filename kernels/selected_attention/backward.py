@@ -355,15 +355,28 @@ def selected_attention_backward(
     )  # fmt: skip
 
     config = dkv_config or tile_config("selected_dkv", q.dtype, q.device, heads, width)
-    keys, parts = block_steps(block_size, config.keys)
     visitors = find_visitors(blocks, block_base, block_start.shape[0], chunk or visitor_chunk(tokens, blocks.shape[-1]))
+    tables = (block_start, position, key_start)
+    _launch_dkv(rows, strides, scales, shared, visitors, tables, dk, dv, config, workspace_bytes)
+    return dq, dk, dv
+
+
+def _launch_dkv(
+    rows: tuple[torch.Tensor, ...], strides: tuple[int, ...], scales: tuple[float, float], shared: dict[str, object],
+    visitors: Visitors, tables: tuple[torch.Tensor, ...], dk: torch.Tensor, dv: torch.Tensor,
+    config: TileConfig, workspace_bytes: int,
+) -> None:  # fmt: skip
+    """Fill dk [S, G, Dk] and dv [S, G, Dv]: work items of as many groups as the workspace takes, then their partial sums."""
+    (num_keys, groups, dk_width), dv_width = dk.shape, dv.shape[-1]
+    block_size, block_start = shared["BLOCK"], tables[0]
+    keys, parts = block_steps(block_size, config.keys)
     passes, dk_parts, dv_parts = _plan_passes(visitors, groups, keys * parts, dk_width, dv_width, workspace_bytes)
     for first, last in passes:
         selected_attention_backward_dkv_kernel[((last - first) * visitors.items_per_group * parts,)](
             *rows, dk, dv, dk_parts, dv_parts,
             visitors.queries, visitors.offsets, visitors.item_offsets, visitors.slot_offsets, visitors.item_lists,
-            block_start, position, key_start, *strides, num_keys, visitors.num_blocks, first, last, *scales,
-            KEYS=keys, PARTS=parts, CHUNK=visitors.chunk, TOKENS=config.tokens(heads), ROWS=config.rows, **shared,
+            *tables, *strides, num_keys, visitors.num_blocks, first, last, *scales,
+            KEYS=keys, PARTS=parts, CHUNK=visitors.chunk, TOKENS=config.tokens(shared["HEADS"]), ROWS=config.rows, **shared,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         selected_attention_backward_add_kernel[((last - first) * visitors.num_blocks * (keys * parts // 16),)](
@@ -372,7 +385,6 @@ def selected_attention_backward(
             GROUPS=groups, DK=dk_width, DK_PADDED=triton.next_power_of_2(dk_width), DV=dv_width,
             DV_PADDED=triton.next_power_of_2(dv_width), BLOCK=block_size, SLOT_ROWS=keys * parts, ROWS=16,
         )  # fmt: skip
-    return dq, dk, dv
 
 
 def visitor_chunk(tokens: int, picks: int) -> int:

@@ -239,7 +239,12 @@ def _agreement(case: Case, x: AttentionInputs) -> float:
 
 
 def default_cases(
-    seq_lens: Sequence[int], heads: Sequence[str], inputs: Sequence[str], dtype: torch.dtype, device: torch.device, **settings: object
+    seq_lens: Sequence[int],
+    heads: Sequence[str],
+    inputs: Sequence[str],
+    dtype: torch.dtype,
+    device: torch.device,
+    **settings: object,
 ) -> list[Case]:
     """Every combination, with the paper's settings unless ``settings`` (fields of NSAConfig) say otherwise."""
     config = replace(NSAConfig(), **settings)

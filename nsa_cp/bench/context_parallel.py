@@ -154,9 +154,7 @@ def _measure(
     x = make_inputs(config, heads, layout.num_local_tokens, "random", seed=rank, device=device, dtype=dtype)
 
     def forward() -> torch.Tensor:
-        return native_sparse_attention(
-            x.q, x.k, x.v, x.gates, x.k_weights, x.v_weights, config, layout=layout, group=group
-        ).out
+        return native_sparse_attention(x.q, x.k, x.v, x.gates, x.k_weights, x.v_weights, config, layout=layout, group=group).out
 
     peak = peak_memory(lambda: _gradients(forward(), x), device)
     times = {"forward": measure(lambda _: forward(), device, repetitions=repetitions).p50_ms}

@@ -32,7 +32,9 @@ class HeadLayout:
             num_heads, num_groups = (int(x) for x in heads.split("/"))
             qk_dim, v_dim = (int(x) for x in (dims if "/" in dims else f"{dims}/{dims}").split("/"))
         except ValueError:
-            raise ValueError(f"head layout {text!r} has the form HEADS/GROUPSxDIM or HEADS/GROUPSxDK/DV, as in 64/4x128") from None
+            raise ValueError(
+                f"head layout {text!r} has the form HEADS/GROUPSxDIM or HEADS/GROUPSxDK/DV, as in 64/4x128"
+            ) from None
         return cls(num_heads, num_groups, qk_dim, v_dim)
 
 

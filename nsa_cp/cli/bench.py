@@ -52,7 +52,9 @@ def _attention(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         raise UserError(str(error)) from error
     rows = []
-    print(f"{'tokens':>8} {'heads':>14} {'inputs':>9} {'agree':>6} {'impl':>12} {'stage':>12} {'pass':>9} {'p50 ms':>9} {'GiB':>6}")
+    print(
+        f"{'tokens':>8} {'heads':>14} {'inputs':>9} {'agree':>6} {'impl':>12} {'stage':>12} {'pass':>9} {'p50 ms':>9} {'GiB':>6}"
+    )
     for row in run_attention_benchmark(
         cases, implementations=arguments.impls, stages=arguments.stages, repetitions=arguments.repetitions
     ):
@@ -116,7 +118,8 @@ def _context_parallel(arguments: argparse.Namespace) -> int:
         if dist.get_rank() == 0:
             print(
                 f"{row.seq_len:>8} {row.layout:>10} {row.comm:>10} {row.pass_:>8} {row.p50_ms:>9.3f} ms, one GPU "
-                f"{row.one_gpu_p50_ms:.3f} ms, efficiency {row.efficiency:.1%}, exposed {row.exposed_ms:.3f} ms, {row.peak_gib} GiB",
+                f"{row.one_gpu_p50_ms:.3f} ms, efficiency {row.efficiency:.1%}, exposed {row.exposed_ms:.3f} ms, "
+                f"{row.peak_gib} GiB",
                 flush=True,
             )
     if arguments.csv and dist.get_rank() == 0:

@@ -45,9 +45,7 @@ def gather_rows(
     return tuple(tensors) if group is None else _GatherRows.apply(partition, group, *tensors)
 
 
-def exchange_halo(
-    tensors: Sequence[torch.Tensor], halo: HaloRows, group: dist.ProcessGroup | None
-) -> tuple[torch.Tensor, ...]:
+def exchange_halo(tensors: Sequence[torch.Tensor], halo: HaloRows, group: dist.ProcessGroup | None) -> tuple[torch.Tensor, ...]:
     """Local rows [T, ...] with the halo merged in, [M, ...]; gradients of halo rows go back to their owners in float32."""
     return tuple(tensors) if group is None else _ExchangeHalo.apply(halo, group, *tensors)
 

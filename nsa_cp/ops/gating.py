@@ -33,9 +33,7 @@ def combine_forward(outs: Sequence[torch.Tensor], gates: torch.Tensor, backend: 
     return total.to(outs[0].dtype)
 
 
-def combine_backward(
-    grad: torch.Tensor, outs: Sequence[torch.Tensor], gates: torch.Tensor, backend: str
-) -> GateGradients:
+def combine_backward(grad: torch.Tensor, outs: Sequence[torch.Tensor], gates: torch.Tensor, backend: str) -> GateGradients:
     """Row sums r_b = sum(grad * out_b): the gates' gradient is r_b, the softmax delta of branch b is gate_b * r_b."""
     accumulator = accumulator_dtype(grad)
     gate = tuple(g.expand(-1, grad.shape[1]) for g in gates.to(accumulator).unbind(-1))

@@ -39,7 +39,7 @@ class Intervals:
 
     @cached_property
     def of_keys(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """For key row j the query rows ``[0][j] .. [1][j]`` that see it, int32 [M] each: contiguous because both bounds ascend."""
+        """The query rows ``[0][j] .. [1][j]`` that see key row j, int32 [M] each: contiguous because both bounds ascend."""
         keys = np.arange(self.num_keys)
         first = np.searchsorted(self.end, keys, side="right")
         last = np.searchsorted(self.begin, keys, side="right")

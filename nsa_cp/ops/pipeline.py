@@ -35,7 +35,6 @@ from nsa_cp.ops.rope import apply_rope, rotary_tables
 from nsa_cp.ops.selected import selected_attention_backward, selected_attention_forward
 from nsa_cp.ops.selection import select_blocks_forward
 
-
 # Bytes of the float32 query gradient held at once in the backward.
 DQ_BUDGET = 1 << 29
 
@@ -134,9 +133,7 @@ class _Call:
         """Query heads of a slice of groups."""
         return slice(groups.start * self.heads_per_group, groups.stop * self.heads_per_group)
 
-    def compress(
-        self, k: torch.Tensor, v: torch.Tensor, weights: Sequence[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def compress(self, k: torch.Tensor, v: torch.Tensor, weights: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """This rank's compressed keys, rotated where that comes after compression, and values."""
         plan = self.plan
         k_weights, v_weights = tuple(weights[: self.num_k_weights]), tuple(weights[self.num_k_weights :])
@@ -315,7 +312,9 @@ def _check_inputs(
             f"shared_kv = {config.shared_kv} takes {config.num_branch_kv} key and value tensors, got {len(k)} and {len(v)}"
         )
     if layout.cp_size != group_size(group):
-        raise ValueError(f"the layout is cut for {layout.cp_size} ranks, the process group has {group_size(group)}; build it anew")
+        raise ValueError(
+            f"the layout is cut for {layout.cp_size} ranks, the process group has {group_size(group)}; build it anew"
+        )
     for branch_k, branch_v in zip(k, v, strict=True):
         check_heads(q, branch_k, branch_v)
         check_rows(k=branch_k, expected=layout.num_local_tokens)
@@ -328,6 +327,8 @@ def _agree(plan: NSAPlan, q: torch.Tensor, v: torch.Tensor, group: dist.ProcessG
     """Once for each plan and shape, let the ranks compare what they are about to do."""
     shape = (*q.shape[1:], *v.shape[1:], q.dtype)
     if group_size(group) > 1 and (group.group_name, shape) not in plan.agreed_shapes:
-        description = f"documents {plan.layout.cu_seqlens}, chunks {plan.layout.chunks}, heads and channels {shape}, {plan.config}"
+        description = (
+            f"documents {plan.layout.cu_seqlens}, chunks {plan.layout.chunks}, heads and channels {shape}, {plan.config}"
+        )
         check_agreement(description, group, q.device)
         plan.agreed_shapes.add((group.group_name, shape))

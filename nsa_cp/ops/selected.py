@@ -61,9 +61,7 @@ def selected_attention_backward(
 
         tables = (plan.position, plan.key_start, plan.block_start, plan.block_base)
         size = plan.config.select_block_size
-        return AttentionGradients(
-            *kernel(q, k, v, grad, lse, delta, gate, blocks, *tables, size, q.shape[-1] ** -0.5, dq=dq)
-        )
+        return AttentionGradients(*kernel(q, k, v, grad, lse, delta, gate, blocks, *tables, size, q.shape[-1] ** -0.5, dq=dq))
     accumulator, scale = accumulator_dtype(q), q.shape[-1] ** -0.5
     groups = k.shape[1]
     dq = torch.zeros_like(q, dtype=accumulator) if dq is None else dq

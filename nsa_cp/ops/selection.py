@@ -42,9 +42,7 @@ def select_blocks_forward(
             config.num_selected_blocks, config.num_init_blocks, config.num_local_blocks,
             q.shape[-1] ** -0.5, plan.max_blocks,
         )  # fmt: skip
-    chosen = torch.full(
-        (q.shape[0], k_cmp.shape[1], config.num_selected_blocks), -1, dtype=torch.int32, device=q.device
-    )
+    chosen = torch.full((q.shape[0], k_cmp.shape[1], config.num_selected_blocks), -1, dtype=torch.int32, device=q.device)
     for first, last, document in plan.document_runs:
         base, count = int(plan.compressed_base[document]), int(plan.compressed_counts[document])
         blocks = int(plan.block_counts[document])

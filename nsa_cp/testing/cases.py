@@ -86,7 +86,9 @@ def make_problem(
     )
 
 
-def solve(problem: AttentionProblem, attention: Callable[..., Any] = native_sparse_attention, **kwargs: Any) -> dict[str, torch.Tensor]:
+def solve(
+    problem: AttentionProblem, attention: Callable[..., Any] = native_sparse_attention, **kwargs: Any
+) -> dict[str, torch.Tensor]:
     """What ``attention`` answers: ``out``, ``blocks``, ``lse_*`` and the gradient of every input, by name, detached.
 
     A parameter that the settings leave unused gets a zero gradient.
@@ -99,7 +101,11 @@ def solve(problem: AttentionProblem, attention: Callable[..., Any] = native_spar
     result = attention(
         q, tuple(k), tuple(v), gates, tuple(k_weights), tuple(v_weights), problem.config, rotary=problem.rotary, **kwargs
     )
-    names = ["q", "gates", *(f"{n}[{i}]" for n, xs in zip(("k", "v", "k_weight", "v_weight"), lists, strict=True) for i in range(len(xs)))]
+    names = [
+        "q",
+        "gates",
+        *(f"{n}[{i}]" for n, xs in zip(("k", "v", "k_weight", "v_weight"), lists, strict=True) for i in range(len(xs))),
+    ]
     inputs = [q, gates, *(x for xs in lists for x in xs)]
     gradients = torch.autograd.grad(result.out, inputs, problem.grad, allow_unused=True)
     answers = {name: getattr(result, name).detach() for name in result._fields}

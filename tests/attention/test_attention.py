@@ -23,11 +23,15 @@ PACKED = (0, 0, 1, 8, 15, 60, 69)
 WINDOW = 13
 
 
-def full(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout, group: dist.ProcessGroup | None) -> torch.Tensor:
+def full(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout, group: dist.ProcessGroup | None
+) -> torch.Tensor:
     return full_attention(q, k, v, layout, rotary=ROTARY, cp_group=group)
 
 
-def window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout, group: dist.ProcessGroup | None) -> torch.Tensor:
+def window(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout, group: dist.ProcessGroup | None
+) -> torch.Tensor:
     return sliding_window_attention(q, k, v, layout, window_size=WINDOW, rotary=ROTARY, cp_group=group)
 
 
@@ -134,7 +138,9 @@ def test_gradients_reach_every_compressor_parameter() -> None:
     gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
     assert set(gradients) == {f"{x}_compressor.{name}" for x in "kv" for name in ("position", "w1", "w2")}
     # With w2 = 0 at the start only w2 feels a gradient: phi is exactly the block mean.
-    assert all((gradient is not None and (gradient.abs().max() > 0) == name.endswith("w2")) for name, gradient in gradients.items())
+    assert all(
+        (gradient is not None and (gradient.abs().max() > 0) == name.endswith("w2")) for name, gradient in gradients.items()
+    )
 
 
 @pytest.mark.parametrize(

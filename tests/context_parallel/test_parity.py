@@ -52,7 +52,9 @@ def _solve_on_rank(rank: int, world_size: int, names: list[str], kind: str, comm
             problem = problem_of(name)
             problem = replace(problem, config=replace(problem.config, compressed_comm=comm, layout=kind))
             layout = layout_of(name, kind, world_size, rank)
-            given = layout_of(name, "contiguous" if kind == "zigzag" else "zigzag", world_size, rank) if fault == "chunks" else layout
+            given = (
+                layout_of(name, "contiguous" if kind == "zigzag" else "zigzag", world_size, rank) if fault == "chunks" else layout
+            )
             shard = problem.shard(given)
             answers.append(solve(shard, layout=layout, group=dist.group.WORLD))
     get_plan.cache_clear(), get_window_plan.cache_clear()

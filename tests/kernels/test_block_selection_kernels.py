@@ -116,6 +116,18 @@ def test_choice(name: str, dtype: torch.dtype, device: str) -> None:
         assert len(set(ours.tolist()) - set(theirs.tolist())) <= 1
 
 
+def test_choice_among_the_blocks_of_several_tiles(device: str) -> None:
+    """Compressed tokens that straddle two tiles count in both; many picks make the order of all scores matter."""
+    problem = Problem((150,), 1, 2, 16, 8, 4, 8, 10, 1, 1)
+    q, k, position, begin = make_inputs(problem, torch.float32, device)
+    expected, gaps, lse = reference(q, k, position, begin, problem)
+    last = slice(120, 150)
+    chosen = select(q[last], k, lse[last], position[last], begin[last], problem, config=SMALL).cpu()
+    clear = gaps[last] > 1e-5
+    assert clear.float().mean() > 0.9
+    assert torch.equal(chosen[clear], expected[last][clear])
+
+
 def test_table_of_tile_shapes_strides_and_same_bits_twice(dtype: torch.dtype, device: str) -> None:
     problem = CASES["2heads"]._replace(lengths=(41,), picks=2, init=0)
     q, k, position, begin = make_inputs(problem, dtype, device)

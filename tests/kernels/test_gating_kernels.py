@@ -15,9 +15,7 @@ SHAPES = {"odd": (37, 5, 24), "wide": (9, 2, 192), "one-row": (1, 1, 16), "none"
 @pytest.mark.parametrize("branches", [1, 2, 3])
 @pytest.mark.parametrize("per_head", [True, False], ids=["head-gates", "branch-gates"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_sum_and_gradients(
-    shape: str, per_head: bool, branches: int, dtype: torch.dtype, tolerance: float, device: str
-) -> None:
+def test_sum_and_gradients(shape: str, per_head: bool, branches: int, dtype: torch.dtype, tolerance: float, device: str) -> None:
     tokens, heads, width = SHAPES[shape]
     outs = [torch.randn(tokens, heads, width, device=device).to(dtype) for _ in range(branches)]
     gates = torch.rand(tokens, heads if per_head else 1, branches, device=device)

@@ -74,7 +74,12 @@ def make_inputs(name: str, dtype: torch.dtype, device: str) -> tuple[list[Tensor
     """q, k, v, do; key ranges; gates [T, N]. Inputs carry the rounding of ``dtype``."""
     ranges, tokens, groups, heads, dk, dv = CASES[name]
     rows = Rows(*(x.to(torch.int32).to(device) if isinstance(x, Tensor) else x for x in ranges(tokens)))
-    shapes = [(tokens, groups * heads, dk), (rows.num_keys, groups, dk), (rows.num_keys, groups, dv), (tokens, groups * heads, dv)]
+    shapes = [
+        (tokens, groups * heads, dk),
+        (rows.num_keys, groups, dk),
+        (rows.num_keys, groups, dv),
+        (tokens, groups * heads, dv),
+    ]
     tensors = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
     return tensors, rows, torch.rand(tokens, groups * heads, device=device)
 
@@ -180,6 +185,20 @@ def test_strided_inputs_and_a_gate_shared_by_the_heads(device: str) -> None:
     assert_close(list(gradients), dense_gradients(tensors, rows, shared, 0.3), max_relative_error=1e-5, name="gradient")
 
 
+def test_rows_with_lse_of_minus_infinity_get_and_give_no_gradient(device: str) -> None:
+    tensors, rows, gate = make_inputs("causal-1head", torch.float32, device)
+    q, k, v, do = tensors
+    _, lse = interval_attention_forward(q, k, v, rows.begin, rows.end, 0.3, config=SMALL)
+    lse[40:] = float("-inf")
+    delta = torch.randn(lse.shape, device=device)
+    bounds = (rows.begin, rows.end, *query_ranges(rows))
+    gradients = interval_attention_backward(
+        q, k, v, do, lse, delta, gate, *bounds, 0.3, dq_config=SMALL, dkv_config=SMALL, splits=1
+    )
+    assert (gradients[0][40:] == 0).all() and (gradients[2][40:] == 0).all()
+    assert all(x.isfinite().all() for x in gradients)
+
+
 def test_dq_is_added_to(device: str) -> None:
     tensors, rows, gate = make_inputs("window-2heads", torch.float32, device)
     fresh = run_backward(tensors, rows, gate, 0.3)[0]
@@ -215,8 +234,19 @@ def test_gradients_add_up_over_shards(device: str) -> None:
         bounds = (shard.begin, shard.end, *query_ranges(shard))
         parts.append(
             interval_attention_backward(
-                q, k[low:high], v[low:high], do, lse.float(), delta, gate, *bounds, 0.3,
-                dq=dq, dq_config=SMALL, dkv_config=SMALL, splits=2,
+                q,
+                k[low:high],
+                v[low:high],
+                do,
+                lse.float(),
+                delta,
+                gate,
+                *bounds,
+                0.3,
+                dq=dq,
+                dq_config=SMALL,
+                dkv_config=SMALL,
+                splits=2,
             )  # fmt: skip
         )
     gradients = [dq, torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts])]

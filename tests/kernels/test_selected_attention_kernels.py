@@ -187,7 +187,7 @@ def test_strided_inputs_one_group_of_several_and_dq_added_to(device: str) -> Non
     assert_close(list(ungated), expected, max_relative_error=1e-5, name="ungated")
 
 
-@pytest.mark.parametrize("tile_tokens", [5, 32])
+@pytest.mark.parametrize("tile_tokens", [7, 32])
 def test_unions_hold_each_tile_s_choices(tile_tokens: int, device: str) -> None:
     problem = CASES["2heads-packed"]
     tables = make_tables(problem, device)
@@ -219,7 +219,9 @@ def test_visitors_invert_the_choice(device: str) -> None:
     for group in range(problem.groups):
         for block in range(blocks):
             number = group * blocks + block
-            expected = [t for t in range(len(tables.position)) if block - int(tables.block_base[t]) in tables.blocks[t, group].tolist()]
+            expected = [
+                t for t in range(len(tables.position)) if block - int(tables.block_base[t]) in tables.blocks[t, group].tolist()
+            ]
             expected = [t for t in expected if block >= tables.block_base[t]]
             first, last = visitors.offsets[number : number + 2].tolist()
             assert visitors.queries[first:last].tolist() == expected

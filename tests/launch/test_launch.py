@@ -118,8 +118,6 @@ def test_parity_under_mpirun():
 
 @pytest.mark.distributed
 def test_training_two_steps_under_mpirun(tmp_path):
-    if importlib.util.find_spec("nsa_cp.cli.main") is None:
-        pytest.skip("this checkout has no nsa_cp.cli.main")
     config = ROOT / "configs" / "quickstart.yaml"
     done = mpirun(LAUNCH / "mpirun.py", "train", config, *SHORT_RUN, f"runs_dir={tmp_path}", timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -15,12 +15,15 @@ from nsa_cp.ops import (
     combine_branches,
     compress_kv,
     compressed_attention,
+    interval_attention,
     native_sparse_attention,
+    pipeline,
     select_blocks,
+    selected,
     selected_attention,
+    selection,
     window_attention,
 )
-from nsa_cp.ops import interval_attention, pipeline, selected, selection
 from nsa_cp.testing import assert_close
 from nsa_cp.testing.cases import make_problem, solve
 

@@ -30,7 +30,8 @@ CASES = {
     "many_heads_a_group": (SHORT, (0, 600), 32, 1, 64, 256),
     "packed": (replace(SHORT, shared_kv=True, gate="branch"), (0, 0, 1, 32, 63, 128, 193, 900, 1000), 16, 4, 64, 64),
     "large_blocks": (
-        NSAConfig(select_block_size=128, num_selected_blocks=12, window_size=1024, compress_block_size=64), (0, 4097), 16, 1, 128, 128,
+        NSAConfig(select_block_size=128, num_selected_blocks=12, window_size=1024, compress_block_size=64),
+        (0, 4097), 16, 1, 128, 128,
     ),
     "no_window": (replace(SHORT, window_size=0, num_selected_blocks=64), (0, 4097), 8, 2, 64, 64),
     **{f"{length}_tokens": (SHORT, (0, length), 16, 2, 64, 64) for length in (1, 31, 33, 63, 65)},
@@ -40,7 +41,14 @@ CASES = {
 def _problem(name: str) -> AttentionProblem:
     config, documents, heads, groups, qk_dim, v_dim = CASES[name]
     problem = make_problem(
-        config, documents, num_heads=heads, num_groups=groups, qk_dim=qk_dim, v_dim=v_dim, rotary=RotaryConfig(), dtype=torch.bfloat16
+        config,
+        documents,
+        num_heads=heads,
+        num_groups=groups,
+        qk_dim=qk_dim,
+        v_dim=v_dim,
+        rotary=RotaryConfig(),
+        dtype=torch.bfloat16,
     )
     return problem.to("cuda")
 
@@ -85,7 +93,9 @@ def test_two_runs_are_bitwise_equal() -> None:
 
 def test_forward_and_backward_in_a_cuda_graph() -> None:
     problem = _with_backend(_problem("eight_heads_a_group"), "triton")
-    leaves = [x.requires_grad_() for x in (problem.q, *problem.k, *problem.v, problem.gates, *problem.k_weights, *problem.v_weights)]
+    leaves = [
+        x.requires_grad_() for x in (problem.q, *problem.k, *problem.v, problem.gates, *problem.k_weights, *problem.v_weights)
+    ]
 
     def step() -> tuple[torch.Tensor, ...]:
         result = native_sparse_attention(
@@ -127,7 +137,9 @@ def test_more_elements_than_32_bits_address() -> None:
         result = native_sparse_attention(q, (k,), (v,), gates, (), (), config)
         rows = slice(tokens - tail, tokens)
         own = result.blocks[rows]
-        keys = (own.long()[..., None] * config.select_block_size + torch.arange(config.select_block_size, device="cuda")).flatten(2)
+        keys = (own.long()[..., None] * config.select_block_size + torch.arange(config.select_block_size, device="cuda")).flatten(
+            2
+        )
         hidden = keys > torch.arange(tokens - tail, tokens, device="cuda")[:, None, None]
         group = torch.arange(4, device="cuda")[:, None]
         chosen = k[keys.clamp(max=tokens - 1), group].float()
