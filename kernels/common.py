@@ -78,7 +78,7 @@ def tile_rows(tile, group, num_tokens, HEADS: tl.constexpr, TOKENS: tl.constexpr
     row = tl.arange(0, ROWS)
     wanted = tile * TOKENS + row // HEADS
     token = tl.minimum(tl.minimum(wanted, tile * TOKENS + TOKENS - 1), num_tokens - 1)
-    head = group * HEADS + row % HEADS
+    head = (group * HEADS + row % HEADS).to(tl.int64)
     return token, head, wanted == token
 
 

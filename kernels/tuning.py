@@ -43,12 +43,12 @@ Table = tuple[tuple[int, TileConfig], ...]
 # 16-bit inputs on Hopper (228 KiB of shared memory and 64 Ki registers a multiprocessor).
 _HOPPER: dict[str, Table] = {
     "interval_forward": ((128, TileConfig(128, 128, 8, 3)), (192, TileConfig(128, 64, 8, 3)), (256, TileConfig(128, 64, 8, 2))),
-    "interval_dq": ((128, TileConfig(128, 64, 8, 3)), (192, TileConfig(128, 64, 8, 2)), (256, TileConfig(128, 32, 8, 2))),
+    "interval_dq": ((128, TileConfig(64, 64, 4, 2)), (192, TileConfig(128, 64, 8, 2)), (256, TileConfig(128, 32, 8, 2))),
     "interval_dkv": ((128, TileConfig(64, 128, 8, 3)), (192, TileConfig(64, 64, 8, 2)), (256, TileConfig(32, 64, 8, 2))),
     "selected_forward": ((128, TileConfig(64, 64, 4, 2, 16)), (256, TileConfig(64, 64, 4, 2, 16))),
     "selected_dq": ((192, TileConfig(64, 64, 4, 2, 16)), (256, TileConfig(64, 64, 8, 2, 16))),
-    "selected_dkv": ((128, TileConfig(32, 64, 4, 2)), (256, TileConfig(32, 64, 8, 2))),
-    "selection_scores": ((128, TileConfig(128, 128, 8, 2, 32)), (256, TileConfig(64, 128, 8, 2, 32))),
+    "selected_dkv": ((128, TileConfig(64, 64, 4, 3)), (256, TileConfig(32, 64, 8, 2))),
+    "selection_scores": ((128, TileConfig(128, 64, 4, 3, 32)), (256, TileConfig(64, 128, 8, 2, 32))),
 }
 
 # Everything else: other architectures, and float32 inputs, whose tiles take twice the room.

@@ -97,7 +97,7 @@ def block_scores_kernel(
     token = tl.minimum(wanted, last_token - 1)
     head = tl.minimum(row % PADDED_HEADS, HEADS - 1)
     valid = (wanted == token) & (row % PADDED_HEADS == head)
-    head += group * HEADS
+    head = (group * HEADS + head).to(tl.int64)
     place = token.to(tl.int64)
     q, q_tail = load_wide(q_ptr, place * q_stride_t + head * q_stride_h, valid, DK_HEAD, DK_TAIL, DK, False)
     lse = load_lse(lse_ptr, place * (GROUPS * HEADS) + head, valid)

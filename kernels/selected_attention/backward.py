@@ -135,7 +135,7 @@ def _dkv_range(
 ):  # fmt: skip
     """Add the list entries ``first .. last`` of a work item that ends at ``end``, TOKENS at a time."""
     row = tl.arange(0, ROWS)
-    head = group * HEADS + row % HEADS
+    head = (group * HEADS + row % HEADS).to(tl.int64)
     for entry in tl.range(first, last, TOKENS):
         index = entry + row // HEADS
         valid = (row < TOKENS * HEADS) & (index < end)
@@ -330,16 +330,7 @@ def selected_attention_backward(
     dv = torch.zeros(v.shape, dtype=torch.float32, device=q.device)
     if tokens == 0:
         return dq, dk, dv
-    q, k, v, do = channels_last(q), channels_last(k), channels_last(v), channels_last(do)
-    lse, delta = lse.contiguous(), delta.contiguous()
-    gate, *gate_strides, gated = gate_arguments(gate, delta)
-    (dk_head, dk_tail), (dv_head, dv_tail) = split_width(dk_width), split_width(dv_width)
-    shared = dict(
-        GROUPS=groups, HEADS=heads, DK=dk_width, DK_HEAD=dk_head, DK_TAIL=dk_tail, DV=dv_width, DV_HEAD=dv_head, DV_TAIL=dv_tail,
-        BLOCK=block_size, GATED=gated, PRECISION=FLOAT32_PRODUCTS,
-    )  # fmt: skip
-    rows = (q, k, v, do, lse, delta, gate)
-    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *do.stride()[:2], *gate_strides)
+    rows, strides, shared = _arguments(q, k, v, do, lse, delta, gate, block_size)
     scales = (scale, scale * LOG2_E.value)
 
     width = max(dk_width, dv_width)
@@ -359,6 +350,24 @@ def selected_attention_backward(
     tables = (block_start, position, key_start)
     _launch_dkv(rows, strides, scales, shared, visitors, tables, dk, dv, config, workspace_bytes)
     return dq, dk, dv
+
+
+def _arguments(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, do: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor,
+    gate: torch.Tensor | None, block_size: int,
+) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...], dict[str, object]]:  # fmt: skip
+    """What the dq and dk/dv kernels share: leading tensors, their strides, and compile-time settings."""
+    q, k, v, do = channels_last(q), channels_last(k), channels_last(v), channels_last(do)
+    lse, delta = lse.contiguous(), delta.contiguous()
+    gate, *gate_strides, gated = gate_arguments(gate, delta)
+    groups, (dk_width, dv_width) = k.shape[1], (k.shape[2], v.shape[2])
+    (dk_head, dk_tail), (dv_head, dv_tail) = split_width(dk_width), split_width(dv_width)
+    shared = dict(
+        GROUPS=groups, HEADS=q.shape[1] // groups, DK=dk_width, DK_HEAD=dk_head, DK_TAIL=dk_tail,
+        DV=dv_width, DV_HEAD=dv_head, DV_TAIL=dv_tail, BLOCK=block_size, GATED=gated, PRECISION=FLOAT32_PRODUCTS,
+    )  # fmt: skip
+    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *do.stride()[:2], *gate_strides)
+    return (q, k, v, do, lse, delta, gate), strides, shared
 
 
 def _launch_dkv(
