@@ -88,16 +88,19 @@ def _plot_times(totals: dict[tuple[str, str, str], dict[int, float]], path: Path
 
 def _plot_speedups(totals: dict[tuple[str, str, str], dict[int, float]], path: Path) -> Path:
     figure, axes = _axes("NSA's speed-up over dense attention, forward and backward", "times faster")
+    cases = list(dict.fromkeys((heads, inputs) for heads, inputs, _ in totals))
     for (heads, inputs, impl), series in totals.items():
         own = totals.get((heads, inputs, "nsa"), {})
         shared = [length for length in series if length in own]
-        if impl != "nsa" and shared:
-            ratios = [series[length] / own[length] for length in shared]
-            dashes = "--" if inputs != "random" else "-"
-            axes.plot(shared, ratios, dashes, color=_COLOURS[impl], linewidth=2, marker="o", markersize=5,
-                      label=f"over {impl}, {heads}, {inputs}")  # fmt: skip
-            axes.annotate(f"{ratios[-1]:.1f}", (shared[-1], ratios[-1]), textcoords="offset points", xytext=(6, 0),
-                          fontsize=8, color=_INK)  # fmt: skip
+        if impl == "nsa" or not shared:
+            continue
+        ratios = [series[length] / own[length] for length in shared]
+        colour = _STAGE_COLOURS[cases.index((heads, inputs)) % len(_STAGE_COLOURS)]
+        dashes = "-" if impl == "dense_cudnn" else "--"
+        label = f"over {impl}, {heads}, {inputs}"
+        axes.plot(shared, ratios, dashes, color=colour, linewidth=2, marker="o", markersize=5, label=label)
+        for length, ratio in zip(shared, ratios, strict=True):
+            axes.annotate(f"{ratio:.1f}", (length, ratio), textcoords="offset points", xytext=(6, -3), fontsize=8, color=_INK)
     axes.axhline(1, color=_MUTED, linewidth=0.8)
     _length_axis(axes, {length for series in totals.values() for length in series})
     axes.set_ylim(bottom=0)
@@ -123,5 +126,6 @@ def _plot_stages(rows: list[dict[str, str]], path: Path) -> Path:
             bottom += value
         axes.annotate(f"{bottom:.1f}", (place, bottom), ha="center", va="bottom", fontsize=8, color=_INK)
     axes.set_xticks(range(len(bars)), list(bars), fontsize=7)
+    axes.margins(y=0.25)
     axes.legend(frameon=False, fontsize=8, labelcolor=_MUTED, ncols=3)
     return _finish(figure, path)
