@@ -1,0 +1,193 @@
+"""Bad input at the command line: exit code 2, one sentence on the first process, nothing on disk, nobody waited for."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from nsa_cp.cli.main import main
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+
+
+@pytest.fixture(autouse=True)
+def one_process_in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def refuse(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run the command; returns its one line of error."""
+    before = sorted(Path().rglob("*"))
+    assert main(list(arguments)) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("nsa-cp: ") and printed.err.count("\n") == 1, printed.err
+    assert sorted(Path().rglob("*")) == before
+    assert not dist.is_initialized()
+    return printed.err
+
+
+# What the issue lists, each with a pattern that holds the numbers and the remedy.
+SETTINGS = {
+    "l not a multiple of d": (
+        ["nsa.compress_block_size=6"],
+        "nsa.compress_block_size: 6 is not a multiple of nsa.compress_stride = 4; use 8",
+    ),
+    "l' below l": (
+        ["nsa.compress_block_size=32"],
+        "nsa.select_block_size: 8 is smaller than nsa.compress_block_size = 32; use at least 32",
+    ),
+    "l' not a multiple of d": (["nsa.select_block_size=18"], "18 is not a multiple of nsa.compress_stride = 4; use 20"),
+    "n below the forced blocks": (["nsa.num_selected_blocks=2"], r"2 is smaller than .* = 1 \+ 2; use at least 3"),
+    "heads not a multiple of groups": (
+        ["model.num_query_groups=3"],
+        "4 is not a multiple of model.num_query_groups = 3; use 6",
+    ),
+    "groups not divisible by TP": (
+        ["parallel.tensor=4", "parallel.context=1"],
+        "model.num_query_groups: 2 is not divisible by parallel.tensor = 4; use 4",
+    ),
+    "length not divisible for the layout": (
+        ["data.sequence_length=2050"],
+        "2050 is not a multiple of 2 . parallel.context = 2.2 = 4.*; use 2052",
+    ),
+    "unknown key": (["train.learning_rate=1"], "train.learning_rate: unknown key; the keys here are steps,"),
+    "misspelt key": (["train.warmup=1"], r"train.warmup: unknown key; did you mean train.warmup_steps\?"),
+    "too few processes": ([], "1 processes were started, .* = 1.1.2 = 2; start 2"),
+    "no GPU": (["parallel.context=1", "train.device=cuda"], "train.device = cuda, but PyTorch finds no GPU .0 devices."),
+    "missing data file": (
+        ["parallel.context=1", "data.kind=text", "data.paths=[none.txt]"],
+        "data file none.txt does not exist; correct data.paths",
+    ),
+    "missing index": (
+        ["parallel.context=1", "data.kind=indexed", "data.paths=[none]", "data.vocab_size=9"],
+        "data file none.idx does not exist",
+    ),
+    "missing vocabulary": (
+        ["parallel.context=1", "data.kind=indexed", "data.paths=[x]", "data.vocab_file=v.txt"],
+        "vocabulary file v.txt does not exist",
+    ),
+    "no vocabulary": (["data.kind=indexed", "data.paths=[x]"], "data.vocab_size: data.kind = indexed needs the vocabulary"),
+    "sequence longer than the text": (
+        ["parallel.context=1", "data.sequence_length=900000"],
+        "bytes, too few for one training and one validation sequence of .* = 900001",
+    ),
+    "no run to resume": (
+        ["parallel.context=1", "--resume"],
+        "there is no checkpoint in runs/quickstart/checkpoints to resume from; start without --resume",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_settings(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, pattern = SETTINGS[case]
+    assert re.search(pattern, refuse(capsys, "train", str(QUICKSTART), *arguments))
+
+
+def test_files_that_cannot_be_trained_on(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("empty.txt").write_bytes(b"")
+    Path("latin.txt").write_bytes("grün".encode("latin-1") * 2000)
+    text = [str(QUICKSTART), "parallel.context=1", "data.kind=text"]
+    assert "data file empty.txt is empty (0 bytes)" in refuse(capsys, "train", *text, "data.paths=[empty.txt]")
+    assert "data file latin.txt is not UTF-8 text: byte 2 is invalid" in refuse(
+        capsys, "train", *text, "data.paths=[latin.txt]"
+    )
+
+
+def test_configurations_that_cannot_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("bad.yaml").write_text("train: [1")
+    assert "cannot read the configuration none.yaml: No such file" in refuse(capsys, "train", "none.yaml")
+    assert "bad.yaml is not valid YAML at line" in refuse(capsys, "train", "bad.yaml")
+
+
+def test_runs_that_cannot_be_evaluated(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "none is not a run: it has no config.yaml" in refuse(capsys, "eval", "none")
+    Path("runs/x").mkdir(parents=True)
+    Path("runs/x/config.yaml").write_text("{}")
+    assert "there is no checkpoint in runs/x/checkpoints" in refuse(capsys, "eval", "runs/x")
+    Path("foreign").mkdir()
+    assert "foreign is not a checkpoint of nsa-cp" in refuse(capsys, "eval", "runs/x", "--checkpoint", "foreign")
+
+
+def test_an_existing_run(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("runs/quickstart").mkdir(parents=True)
+    Path("runs/quickstart/config.yaml").write_text("{}")
+    assert "run runs/quickstart exists; go on with --resume" in refuse(capsys, "train", str(QUICKSTART), "parallel.context=1")
+
+
+def test_several_faults_are_told_together(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(QUICKSTART), "nsa.compress_block_size=6", "train.steps=x", "data.sequence_length=2050"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].endswith("quickstart.yaml has 3 errors:")
+    assert [line.split(":")[0].strip() for line in lines[1:]] == [
+        "train.steps",
+        "nsa.compress_block_size",
+        "data.sequence_length",
+    ]
+
+
+def test_only_the_first_process_of_a_machine_speaks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "9")
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert main(["train", "none.yaml"]) == 2
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert main(["train", "none.yaml"]) == 2
+    assert "cannot read" in capsys.readouterr().err
+
+
+def test_half_a_launcher(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "has RANK or WORLD_SIZE but not RANK; start with torchrun" in refuse(capsys, "train", str(QUICKSTART))
+
+
+def test_the_process_exits_with_2_and_no_traceback() -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "nsa_cp.cli.main", "train", str(QUICKSTART), "parallel.context=3"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 2
+    assert done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
+    assert "1024 is not a multiple of 2 * parallel.context = 2*3 = 6" in done.stderr
+    assert not list(Path().iterdir())
+
+
+def test_settings_may_stand_before_and_after_options(capsys: pytest.CaptureFixture[str]) -> None:
+    error = refuse(
+        capsys,
+        "train",
+        str(QUICKSTART),
+        "parallel.context=3",
+        "--overwrite",
+        "data.sequence_length=2052",
+        "model.num_query_groups=3",
+    )
+    assert "model.num_attention_heads: 4 is not a multiple" in error and "sequence_length" not in error
+
+
+def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "unrecognized arguments: --resum; see nsa-cp --help" in refuse(
+        capsys, "train", str(QUICKSTART), "--resum", "train.steps=2"
+    )
+    assert "unrecognized arguments: extra" in refuse(capsys, "env", "extra")
+    assert "the following arguments are required: CONFIG" in refuse(capsys, "train")
+    assert "invalid choice: 'trian'" in refuse(capsys, "trian")
+
+
+def test_env_reports_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env"]) == 0
+    report = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    for name in ("nsa-cp", "python", "torch", "triton", "megatron-core", "apex", "cuda", "nccl", "mpi"):
+        assert report[name]
+    assert report["python"].startswith(".".join(map(str, sys.version_info[:3])))

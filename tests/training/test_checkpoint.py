@@ -1,0 +1,135 @@
+"""Checkpoints that cannot be used are refused in one sentence, before anything is read into a model, and nothing is touched."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from training_harness import snapshot, tiny_config, train_here
+
+from nsa_cp.testing import DistributedPool
+from nsa_cp.training.checkpoint import MANIFEST, find_latest, read_manifest
+from nsa_cp.training.config import RunConfig
+from nsa_cp.training.errors import UserError
+from nsa_cp.training.loop import prepare
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def finished(workers: Callable[[int], DistributedPool], tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    config = tiny_config(tmp_path_factory.mktemp("finished"), "train.steps=2", "train.global_batch_size=1")
+    workers(1).run(train_here, config)
+    return config
+
+
+@pytest.fixture
+def run(finished: RunConfig, tmp_path: Path) -> RunConfig:
+    """A copy of the finished run, to be damaged."""
+    shutil.copytree(finished.run_dir, tmp_path / "runs" / finished.name)
+    return finished.model_copy(update={"runs_dir": str(tmp_path / "runs")})
+
+
+def refuse(config: RunConfig, pattern: str) -> None:
+    """``--resume`` fails with one sentence and leaves every file as it was."""
+    before = snapshot(config.run_dir)
+    with pytest.raises(UserError, match=pattern) as caught:
+        prepare(config, resume=True)
+    assert "\n" not in str(caught.value)
+    assert snapshot(config.run_dir) == before
+
+
+def changed(config: RunConfig, *overrides: str) -> RunConfig:
+    return tiny_config(config.runs_dir, "train.steps=2", "train.global_batch_size=1", *overrides)
+
+
+def test_an_intact_checkpoint_is_accepted(run: RunConfig) -> None:
+    plan = prepare(run, resume=True)
+    assert plan.checkpoint is not None
+    path, manifest = plan.checkpoint
+    assert path.name == "step_00000002" and manifest["step"] == 2 and manifest["consumed_samples"] == 2
+    written = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
+    assert set(manifest["files"]) == written - {MANIFEST}
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", "common.pt", ".metadata", "metadata.json"])
+def test_a_truncated_file(run: RunConfig, name: str) -> None:
+    file = find_latest(run.run_dir / "checkpoints") / name
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes()[:-1])
+    refuse(run, f"is truncated: {name} has {size - 1} bytes where {size} bytes were written; resume from another checkpoint")
+
+
+def test_a_missing_file(run: RunConfig) -> None:
+    (find_latest(run.run_dir / "checkpoints") / "common.pt").unlink()
+    refuse(run, "is truncated: common.pt is missing where")
+
+
+def test_a_truncated_manifest(run: RunConfig) -> None:
+    file = find_latest(run.run_dir / "checkpoints") / MANIFEST
+    file.write_bytes(file.read_bytes()[:40])
+    refuse(run, "is damaged: .* is not valid JSON")
+
+
+def test_a_foreign_checkpoint(run: RunConfig) -> None:
+    (find_latest(run.run_dir / "checkpoints") / MANIFEST).unlink()
+    refuse(run, f"is not a checkpoint of nsa-cp: it has no {MANIFEST}")
+
+
+@pytest.mark.parametrize("content", [[], {"format": "other"}])
+def test_a_foreign_manifest(run: RunConfig, content: object) -> None:
+    (find_latest(run.run_dir / "checkpoints") / MANIFEST).write_text(json.dumps(content))
+    refuse(run, "has another format")
+
+
+def test_a_later_version(run: RunConfig) -> None:
+    file = find_latest(run.run_dir / "checkpoints") / MANIFEST
+    file.write_text(json.dumps({**json.loads(file.read_text()), "version": 2}))
+    refuse(run, "has version 2, and this nsa-cp reads version 1")
+
+
+def test_a_dangling_pointer(run: RunConfig) -> None:
+    (run.run_dir / "checkpoints" / "latest").write_text("step_00000009\n")
+    refuse(run, "names step_00000009, which is not there; write one of the existing checkpoints .step_00000002.")
+
+
+def test_no_checkpoint(run: RunConfig) -> None:
+    shutil.rmtree(run.run_dir / "checkpoints")
+    refuse(run, "there is no checkpoint in .* to resume from")
+
+
+@pytest.mark.parametrize(
+    ("override", "pattern"),
+    [
+        ("model.num_layers=4", "model shape num_layers = 2, but the configuration has 4; resume with 2"),
+        ("model.hidden_size=48", "hidden_size = 24, but the configuration has 48"),
+        ("model.layer_pattern=[nsa, full]", r"layer_pattern = \['nsa', 'nsa'\], but the configuration has \['nsa', 'full'\]"),
+        ("nsa.compressor=mean", "nsa.compressor = mlp, but the configuration has mean"),
+        ("nsa.shared_kv=true", "nsa.shared_kv = False, but the configuration has True"),
+        ("train.dtype=bf16", "train.dtype = fp32, but the configuration has bf16"),
+        ("parallel.distributed_optimizer=true", "parallel.distributed_optimizer = False, but the configuration has True"),
+    ],
+)
+def test_another_model_is_refused_with_both_numbers(run: RunConfig, override: str, pattern: str) -> None:
+    refuse(changed(run, override), pattern)
+
+
+def test_a_run_shorter_than_its_checkpoint(run: RunConfig) -> None:
+    refuse(changed(run, "train.steps=1"), "is at step 2, beyond train.steps = 1; raise train.steps")
+
+
+def test_an_existing_run_is_not_overwritten_by_accident(run: RunConfig) -> None:
+    before = snapshot(run.run_dir)
+    with pytest.raises(UserError, match="exists; go on with --resume, begin again with --overwrite, or choose another name="):
+        prepare(run)
+    with pytest.raises(UserError, match="exclude each other"):
+        prepare(run, resume=True, overwrite=True)
+    assert snapshot(run.run_dir) == before
+
+
+def test_the_manifest_of_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        read_manifest(tmp_path / "nothing")

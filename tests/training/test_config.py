@@ -1,0 +1,265 @@
+"""YAML to RunConfig: coercion, overrides, and every fault at once with its path."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nsa_cp.config import NSAConfig
+from nsa_cp.training.config import RunConfig
+from nsa_cp.training.config_checks import check_world
+from nsa_cp.training.config_load import build_config, load_config
+from nsa_cp.training.errors import ConfigError, UserError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def problems(tree: dict, *overrides: str) -> dict[str, str]:
+    with pytest.raises(ConfigError) as caught:
+        build_config(tree, overrides)
+    return {problem.path: problem.message for problem in caught.value.problems}
+
+
+def test_defaults_are_valid_and_resolved() -> None:
+    config = build_config({})
+    assert config.model.kv_channels == config.model.v_channels == 16
+    assert config.model.ffn_hidden_size == 3 * config.model.hidden_size
+    assert config.data.vocab_size == 256
+    assert config.nsa_config == NSAConfig()
+
+
+def test_every_setting_of_the_attention_is_in_the_yaml() -> None:
+    values = dict(
+        compress_block_size=8,
+        compress_stride=4,
+        select_block_size=16,
+        num_selected_blocks=5,
+        num_init_blocks=0,
+        num_local_blocks=1,
+        window_size=32,
+        compressor="linear",
+        shared_kv=True,
+        compressed_rope="before",
+        gate="branch",
+        layout="contiguous",
+        compressed_comm="all_gather",
+        backend="torch",
+    )
+    assert build_config({"nsa": values}).nsa_config == NSAConfig(**values)
+
+
+def test_numbers_written_as_yaml_strings_are_coerced() -> None:
+    tree = yaml.safe_load("train: {lr: 1e-4, min_lr: 1e-5, steps: '20'}")
+    assert isinstance(tree["train"]["lr"], str)  # what PyYAML makes of 1e-4
+    train = build_config(tree).train
+    assert (train.lr, train.min_lr, train.steps) == (1e-4, 1e-5, 20)
+
+
+def test_overrides_reach_nested_keys_and_create_sections() -> None:
+    tree = {"train": {"steps": 5, "warmup_steps": 1}}
+    config = build_config(
+        tree, ["train.steps=9", "model.layer_pattern=[full, nsa]", "train.lr=2e-4", "sample.prompt=a=b", "seed=7"]
+    )
+    assert (config.train.steps, config.train.lr, config.seed) == (9, 2e-4, 7)
+    assert config.model.layer_pattern == ["full", "nsa"]
+    assert config.sample.prompt == "a=b"
+    assert config.layer_kinds == ("full", "nsa", "full", "nsa")
+
+
+def test_all_faults_are_told_at_once_each_with_its_path() -> None:
+    found = problems(
+        {
+            "modle": {},
+            "lr": 1,
+            "model": {"num_layer": 3},
+            "nsa": {"compress_block_size": 30, "num_selected_blocks": 2, "select_block_size": 16},
+            "train": {"steps": "many", "lr": -1},
+            "data": {"sequence_length": 2047},
+            "parallel": {"context": 2},
+        },
+        "seed",
+    )
+    assert found["modle"] == "unknown key; did you mean model?"
+    assert found["lr"] == "unknown key; did you mean train.lr?"
+    assert found["model.num_layer"] == "unknown key; did you mean model.num_layers?"
+    assert found["nsa.compress_block_size"] == "30 is not a multiple of nsa.compress_stride = 16; use 32"
+    assert "use at least 3" in found["nsa.num_selected_blocks"]
+    assert found["nsa.select_block_size"] == "16 is smaller than nsa.compress_block_size = 30; use at least 30"
+    assert found["train.steps"].startswith("'many' should be a valid integer")
+    assert found["train.lr"].startswith("-1 should be greater than 0")
+    assert "2047 is not a multiple of 2 * parallel.context = 2*2 = 4" in found["data.sequence_length"]
+    assert found["data.sequence_length"].endswith("use 2048")
+    assert found[""] == "override 'seed' is not of the form section.key=value"
+    assert len(found) == 10
+
+
+REFUSED = {
+    "heads not a multiple of groups": (
+        ["model.num_attention_heads=9", "model.hidden_size=144"],
+        "model.num_attention_heads",
+        "9.*2; use 10",
+    ),
+    "groups not divisible by TP": (
+        ["parallel.tensor=4"],
+        "model.num_query_groups",
+        "2 is not divisible by parallel.tensor = 4; use 4",
+    ),
+    "l below 1": (["nsa.compress_stride=0"], "nsa.compress_stride", "0 must be at least 1"),
+    "l' not a multiple of d": (["nsa.select_block_size=72"], "nsa.select_block_size", "72.*compress_stride = 16; use 80"),
+    "zigzag length": (
+        ["parallel.context=8", "data.sequence_length=2056"],
+        "data.sequence_length",
+        "2056.*2\\*8 = 16.*use 2064",
+    ),
+    "contiguous length": (
+        ["parallel.context=3", "nsa.layout=contiguous", "data.sequence_length=2048"],
+        "data.sequence_length",
+        "2048.*= 3; use 2049",
+    ),
+    "sequence parallel length": (
+        [
+            "parallel.context=2",
+            "parallel.tensor=2",
+            "parallel.sequence_parallel=true",
+            "data.sequence_length=2052",
+            "model.num_query_groups=2",
+            "nsa.layout=contiguous",
+            "data.sequence_length=2050",
+        ],
+        "data.sequence_length",
+        "1025 tokens.*parallel.tensor = 2.*use 2052",
+    ),
+    "layers and stages": (["parallel.pipeline=3"], "model.num_layers", "4.*3\\*1 = 3; use 6"),
+    "virtual without pipeline": (["parallel.virtual_pipeline=2"], "parallel.virtual_pipeline", "at least 2"),
+    "warm-up longer than the run": (
+        ["train.steps=5"],
+        "train.warmup_steps",
+        "20 is larger than train.steps = 5; use at most 5",
+    ),
+    "min above max": (["train.min_lr=1"], "train.min_lr", "1.0 is larger than train.lr = 0.001"),
+    "batch": (["train.global_batch_size=3", "train.micro_batch_size=2"], "train.global_batch_size", "3.*2; use 4"),
+    "no file named": (["data.kind=text"], "data.paths", "name at least one"),
+    "no vocabulary": (["data.kind=indexed", "data.paths=[x]"], "data.vocab_size", "needs the vocabulary"),
+    "two vocabularies": (
+        ["data.kind=indexed", "data.paths=[x]", "data.vocab_size=9", "data.vocab_file=v"],
+        "data.vocab_size",
+        "one of the two",
+    ),
+    "vocabulary below bytes": (["data.vocab_size=255"], "data.vocab_size", "255 is too small for bytes"),
+    "vocabulary and TP": (["data.vocab_size=257", "parallel.tensor=2"], "data.vocab_size", "257.*2; use 258"),
+    "window layers without a window": (
+        ["model.layer_pattern=[window]", "nsa.window_size=0"],
+        "nsa.window_size",
+        "use at least 1",
+    ),
+    "unknown layer": (["model.layer_pattern=[dense]"], "model.layer_pattern.0", "'dense' should be 'nsa', 'full' or 'window'"),
+    "name that is a path": (["name=../x"], "name", "'../x' should match"),
+    "infinite rate": (["train.lr=.inf"], "train.lr", "inf should be a finite number"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_contradictions_name_the_numbers_and_the_remedy(case: str) -> None:
+    overrides, path, pattern = REFUSED[case]
+    found = problems({}, *overrides)
+    assert list(found) == [path]
+    assert re.search(pattern, found[path]), found[path]
+
+
+def test_a_plain_sequence_may_have_any_length_on_one_process() -> None:
+    assert build_config({"data": {"sequence_length": 2047}}).data.sequence_length == 2047
+
+
+@pytest.mark.parametrize(
+    ("world", "overrides", "pattern"),
+    [
+        (3, ["parallel.context=2"], r"3 processes.*1\*1\*2 = 2; start 4"),
+        (4, ["train.global_batch_size=6"], r"6 is not a multiple.*1\*4 = 4; use 8"),
+        (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "train.global_batch_size=3"], r"3 micro-batches.*= 2.*= 4"),
+    ],
+)
+def test_the_number_of_processes_is_checked(world: int, overrides: list[str], pattern: str) -> None:
+    with pytest.raises(UserError, match=pattern):
+        check_world(build_config({}, overrides), world)
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        ("train: [1\n", "not valid YAML at line"),
+        ("- a\n", "holds a list, not sections"),
+        ("seed: 1\nseed: 2\n", "'seed' appears twice .line 2."),
+        ("train: {steps: 1, steps: 2}\n", "'steps' appears twice"),
+        ("train: 3\n", "train: 3 should be a valid dictionary"),
+    ],
+)
+def test_bad_files_are_refused_in_one_sentence(tmp_path: Path, text: str, pattern: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=pattern) as caught:
+        load_config(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot read.*nothing.yaml: No such file"):
+        load_config(tmp_path / "nothing.yaml")
+
+
+def test_the_name_defaults_to_the_file_and_yaml_round_trips(tmp_path: Path) -> None:
+    path = tmp_path / "small-run.yaml"
+    path.write_text('train: {lr: 3e-4}\nsample: {prompt: "é "}\n')
+    config = load_config(path, ["data.kind=text", "data.paths=[a.txt]"])
+    assert config.name == "small-run"
+    again = tmp_path / "config.yaml"
+    again.write_text(config.to_yaml(), encoding="utf-8")
+    assert load_config(again) == config
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_configurations_that_are_shipped_are_valid(path: Path) -> None:
+    overrides = ["data.paths=[corpus.txt]"] if "kind: text" in path.read_text() else []
+    config = load_config(path, overrides)
+    assert config.name == path.stem
+    assert config.train.steps > 0
+
+
+def test_quickstart_is_a_long_sequence_for_its_budget() -> None:
+    config = load_config(CONFIGS / "quickstart.yaml")
+    nsa = config.nsa
+    assert config.data.sequence_length >= 8 * (nsa.num_selected_blocks * nsa.select_block_size + nsa.window_size)
+    assert (config.parallel.context, nsa.layout, config.data.kind) == (2, "zigzag", "pydoc_topics")
+
+
+def test_every_field_has_a_description() -> None:
+    for name, field in RunConfig.model_fields.items():
+        section = field.annotation
+        if name == "nsa" or not hasattr(section, "model_fields"):
+            continue
+        missing = [key for key, value in section.model_fields.items() if not value.description]
+        assert not missing, (name, missing)
+
+
+def test_model_shape_ignores_what_weights_do_not_depend_on() -> None:
+    base = build_config({}).model_shape()
+    assert (
+        build_config(
+            {}, ["nsa.window_size=64", "nsa.num_selected_blocks=9", "parallel.context=2", "train.lr=0.1"]
+        ).model_shape()
+        == base
+    )
+    assert build_config({}, ["model.layer_pattern=[nsa, nsa]"]).model_shape() == base
+    for override in (
+        "nsa.compressor=linear",
+        "nsa.shared_kv=true",
+        "model.num_layers=8",
+        "nsa.gate=branch",
+        "nsa.compress_block_size=16",
+    ):
+        assert build_config({}, [override]).model_shape() != base, override
+    full = build_config({}, ["model.layer_pattern=[full]"]).model_shape()
+    assert full == build_config({}, ["model.layer_pattern=[full]", "nsa.compressor=linear"]).model_shape()

@@ -1,0 +1,173 @@
+"""A run that is cut and resumed is the run that was never cut: bit for bit, on other layouts, after a signal, after a crash."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_harness import metrics, tiny_config, train_here
+
+from nsa_cp.testing import DistributedPool
+from nsa_cp.training import checkpoint, loop
+from nsa_cp.training.checkpoint import find_latest, read_manifest
+from nsa_cp.training.config import RunConfig
+
+pytestmark = pytest.mark.distributed
+
+Workers = Callable[[int], DistributedPool]
+COLUMNS = ("step", "loss", "grad_norm", "lr", "consumed_samples", "val_loss")
+
+
+def rewind(config: RunConfig, step: int) -> None:
+    """Make ``step`` the newest checkpoint, as if the run had been killed before the next one."""
+    (config.run_dir / "checkpoints" / "latest").write_text(f"step_{step:08d}\n")
+
+
+def close(actual: list[tuple[Any, ...]], expected: list[tuple[Any, ...]], relative: float) -> None:
+    assert [row[0] for row in actual] == [row[0] for row in expected]
+    for row, other in zip(actual, expected):
+        for value, wanted in zip(row, other):
+            assert value == (None if wanted is None else pytest.approx(wanted, rel=relative)), (row, other)
+
+
+@pytest.fixture(scope="module")
+def one_process(workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
+    """The curve of the tiny run on one process."""
+    config = tiny_config(tmp_path_factory.mktemp("one"))
+    workers(1).run(train_here, config)
+    return metrics(config, *COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("world", "overrides"),
+    [
+        (1, ["train.dtype=bf16"]),
+        (2, ["parallel.context=2"]),
+        (2, ["parallel.distributed_optimizer=true"]),
+        (2, ["parallel.tensor=2", "parallel.sequence_parallel=true", "nsa.compressor=linear", "nsa.gate=branch"]),
+    ],
+    ids=["one-bf16", "cp2", "dp2-distributed-optimizer", "tp2-sp"],
+)
+def test_resuming_continues_the_same_curve_bit_for_bit(
+    tmp_path: Path, workers: Workers, one_process: list[tuple[Any, ...]], world: int, overrides: list[str]
+) -> None:
+    config = tiny_config(tmp_path, *overrides)
+    workers(world).run(train_here, config)
+    uncut = metrics(config, *COLUMNS)
+    assert [row[0] for row in uncut] == [1, 2, 3, 4] and uncut[3][5] is not None
+    rewind(config, 2)
+    workers(world).run(train_here, config, resume=True)
+    assert metrics(config, *COLUMNS) == uncut
+    if not any(override.startswith(("train.dtype", "nsa.")) for override in overrides):
+        close(uncut, one_process, 2e-5)
+    assert find_latest(config.run_dir / "checkpoints").name == "step_00000004"
+
+
+def test_a_checkpoint_of_one_layout_resumes_on_others(tmp_path: Path, workers: Workers) -> None:
+    """TP2 x CP2, then CP4, then a single process, each from the other's checkpoint, against one process all the way."""
+    alone = tiny_config(tmp_path, "name=alone", "train.steps=6")
+    workers(1).run(train_here, alone)
+    expected = metrics(alone, *COLUMNS)
+    for world, step, overrides in [
+        (4, 0, ["parallel.tensor=2", "parallel.context=2"]),
+        (4, 2, ["parallel.context=4"]),
+        (1, 4, []),
+    ]:
+        config = tiny_config(tmp_path, "name=moved", "train.steps=6", *overrides)
+        if step:
+            rewind(config, step)
+        workers(world).run(train_here, config, resume=step > 0)
+        close(metrics(config, *COLUMNS), expected, 2e-5)
+
+
+def test_pipeline_checkpoints_resume_without_a_pipeline(tmp_path: Path, workers: Workers) -> None:
+    """Interleaved stages with the distributed optimizer; the weights of two stages differ from those of one process."""
+    fixed = ["model.num_layers=4", "parallel.distributed_optimizer=true", "model.layer_pattern=[nsa, full]"]
+    config = tiny_config(tmp_path, *fixed, "parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.context=2")
+    workers(4).run(train_here, config)
+    uncut = metrics(config, *COLUMNS)
+    rewind(config, 2)
+    workers(1).run(train_here, tiny_config(tmp_path, *fixed), resume=True)
+    close(metrics(config, *COLUMNS), uncut, 2e-5)
+
+
+def train_until_signal(rank: int, world_size: int, config: RunConfig, at_step: int) -> tuple[bool, str | None]:
+    """Train; the last rank alone is sent SIGTERM during step ``at_step``. Returns whether it stopped, and the checkpoint."""
+    original = loop.run_schedule
+    calls = 0
+
+    def signalling(trainer: Any, *args: Any, train: bool, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += train
+        if train and calls == at_step and rank == world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(trainer, *args, train=train, **kwargs)
+
+    loop.run_schedule = signalling
+    try:
+        before = signal.getsignal(signal.SIGTERM)
+        summary = train_here(rank, world_size, config)
+        assert signal.getsignal(signal.SIGTERM) is before, "the handler must be put back"
+    finally:
+        loop.run_schedule = original
+    return summary is None, find_latest(config.run_dir / "checkpoints").name
+
+
+def test_a_signal_to_one_process_stops_all_with_a_checkpoint(tmp_path: Path, workers: Workers) -> None:
+    uncut = tiny_config(tmp_path, "name=uncut", "parallel.context=2", "train.checkpoint_interval=0")
+    workers(2).run(train_here, uncut)
+    config = tiny_config(tmp_path, "name=cut", "parallel.context=2", "train.checkpoint_interval=0")
+    assert workers(2).run(train_until_signal, config, 3) == [(True, "step_00000003")] * 2
+    assert not (config.run_dir / "summary.json").exists()
+    assert len(metrics(config, "step")) == 3
+    workers(2).run(train_here, config, resume=True)
+    assert metrics(config, *COLUMNS) == metrics(uncut, *COLUMNS)
+    assert (config.run_dir / "summary.json").exists()
+
+
+def train_with_failing_save(rank: int, world_size: int, config: RunConfig) -> None:
+    """Train; the second checkpoint fails half way, as on a full disk."""
+    original = checkpoint.dist_checkpointing.save
+    calls = 0
+
+    def failing(state: Any, path: str) -> None:
+        nonlocal calls
+        calls += 1
+        original(state, path)
+        if calls == 2:
+            raise OSError(28, "No space left on device")
+
+    checkpoint.dist_checkpointing.save = failing
+    try:
+        train_here(rank, world_size, config)
+    finally:
+        checkpoint.dist_checkpointing.save = original
+
+
+def test_a_crash_while_saving_leaves_the_checkpoint_before(tmp_path: Path, workers: Workers) -> None:
+    config = tiny_config(tmp_path)
+    with pytest.raises(OSError, match="No space left"):
+        workers(1).run(train_with_failing_save, config)
+    folder = config.run_dir / "checkpoints"
+    assert find_latest(folder).name == "step_00000002"
+    read_manifest(find_latest(folder))
+    assert [item.name for item in folder.glob(".incomplete-*")] == [".incomplete-step_00000004"]
+    workers(1).run(train_here, config, resume=True)
+    assert sorted(item.name for item in folder.iterdir()) == ["latest", "step_00000002", "step_00000004"]
+
+
+def test_old_checkpoints_go_and_a_finished_run_can_be_resumed(tmp_path: Path, workers: Workers) -> None:
+    config = tiny_config(tmp_path, "train.checkpoint_interval=1", "train.keep_checkpoints=2")
+    [summary] = workers(1).run(train_here, config)
+    folder = config.run_dir / "checkpoints"
+    assert sorted(item.name for item in folder.iterdir()) == ["latest", "step_00000003", "step_00000004"]
+    [again] = workers(1).run(train_here, config, resume=True)
+    assert again["val_loss"] == summary["val_loss"] and again["tokens"] == summary["tokens"]
+    shutil.rmtree(folder)
+    [afresh] = workers(1).run(train_here, config, overwrite=True)
+    assert afresh["val_loss"] == summary["val_loss"]

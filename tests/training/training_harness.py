@@ -1,0 +1,65 @@
+"""A run small enough for tests, and how to start it in a pool's processes."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from nsa_cp.training.config import RunConfig
+from nsa_cp.training.config_load import build_config
+
+# Odd numbers of heads a group, layers and validation sequences, so that nothing divides by accident.
+TINY: dict[str, Any] = {
+    "model": dict(num_layers=2, hidden_size=24, ffn_hidden_size=32, num_attention_heads=6, num_query_groups=2, kv_channels=8),
+    "nsa": dict(compress_block_size=4, compress_stride=2, select_block_size=8, num_selected_blocks=4, window_size=12),
+    "data": dict(sequence_length=64),
+    "train": dict(
+        steps=4,
+        global_batch_size=4,
+        warmup_steps=1,
+        lr=3e-3,
+        min_lr=3e-4,
+        eval_interval=2,
+        eval_sequences=3,
+        checkpoint_interval=2,
+        keep_checkpoints=9,
+    ),
+    "sample": dict(tokens=4, temperature=0),
+}
+
+
+def tiny_config(runs_dir: Path | str, *overrides: str) -> RunConfig:
+    """The tiny run with ``section.key=value`` changes, below ``runs_dir``."""
+    return build_config(copy.deepcopy(TINY), [f"runs_dir={runs_dir}", *overrides])
+
+
+def train_here(
+    rank: int, world_size: int, config: RunConfig, resume: bool = False, overwrite: bool = False
+) -> dict[str, Any] | None:
+    """Train inside a pool's process; quiet, and without leaving the CPU stand-ins behind for the next test."""
+    from nsa_cp.megatron import cpu_compatibility
+    from nsa_cp.training.loop import train
+
+    with warnings.catch_warnings(), cpu_compatibility(), contextlib.redirect_stdout(io.StringIO()):
+        return train(config, resume=resume, overwrite=overwrite)
+
+
+def metrics(config: RunConfig, *names: str) -> list[tuple[Any, ...]]:
+    """Columns of a run's metrics.jsonl, one tuple a step."""
+    rows = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [tuple(row.get(name) for name in names) for row in rows]
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Time stamp and content of every file below ``folder``, to show that nothing was touched."""
+    return {
+        str(path.relative_to(folder)): (os.stat(path).st_mtime_ns, path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
