@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from nsa_cp.cli import bench
-from nsa_cp.cli import bench
 from nsa_cp.training.errors import UserError
 
 
@@ -83,7 +82,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--checkpoint", metavar="PATH", help="a checkpoint folder; default: the newest of the run")
     evaluate.set_defaults(run=_evaluate)
-    bench.add_parser(commands)
     bench.add_parser(commands)
     env = commands.add_parser("env", help="what a bug report needs to know about this machine")
     env.set_defaults(run=_env)
