@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 
 from nsa_cp.config import Backend, NSAConfig, RotaryConfig
-from nsa_cp.context_parallel import RowPartition, SequenceLayout, exchange_halo, gather_rows, group_size
+from nsa_cp.context_parallel import RowPartition, SequenceLayout, agree_once, check_group, exchange_halo, gather_rows
 from nsa_cp.ops import initial_compressor_weights, native_sparse_attention
 from nsa_cp.ops.checks import check_heads, check_rows
 from nsa_cp.ops.dispatch import accumulator_dtype, resolve_backend
@@ -58,6 +58,10 @@ class Compressor(nn.Module):
 
 class NativeSparseAttention(nn.Module):
     """Native Sparse Attention (arXiv 2502.11089) without projections; holds the compressors' parameters.
+
+    Under context parallelism the parameters are the same on all ranks of ``cp_group`` (draw them from equal generators), and
+    each rank's gradients of them are its tokens' part: sum them over the group, as Megatron's DDP does, before the
+    optimizer's step (``dist.all_reduce(parameter.grad, group=cp_group)``; an averaging DDP has to be undone).
 
     Args:
         config: the method's settings.
@@ -174,8 +178,16 @@ def full_attention(
     _check(q, k, v, layout, cp_group)
     q, k = _rotate(q, k, layout, rotary)
     k, v = gather_rows([k, v], _row_partition(layout, q.device), cp_group)
-    outs = [_causal_sdpa(q[first:last], k[start:end], v[start:end]) for first, last, start, end in _causal_segments(layout)]
-    return torch.cat(outs) if outs else q.new_zeros(*q.shape[:2], v.shape[-1])
+    # Split once by document: a slice of the whole for each would make the backward add as many whole gradients.
+    lengths = np.diff(layout.cu_seqlens).tolist()
+    k_documents, v_documents = k.split(lengths), v.split(lengths)
+    segments = _causal_segments(layout)
+    outs = [
+        _causal_sdpa(rows, k_documents[document][:seen], v_documents[document][:seen])
+        for rows, (_, document, seen) in zip(q.split([count for count, _, _ in segments]), segments, strict=True)
+    ]
+    # A rank without rows stays in the graph: its part of the gradients' reduce-scatter must run.
+    return torch.cat([*outs, v[:0].repeat_interleave(q.shape[1] // k.shape[1], 1)])
 
 
 def sliding_window_attention(
@@ -206,16 +218,14 @@ def sliding_window_attention(
     q, k = _rotate(q, k, layout, rotary)
     halo, intervals = get_window_plan(layout, window_size, q.device)
     k, v = exchange_halo([k, v], halo, cp_group)
-    return IntervalAttention.apply(q, k, v, intervals, resolve_backend(backend, q))[0]
+    return IntervalAttention.apply(q, k, v, intervals, resolve_backend(backend, q, v))[0]
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout, group: dist.ProcessGroup | None) -> None:
     check_heads(q, k, v)
     check_rows(q=q, k=k, v=v, expected=layout.num_local_tokens)
-    if layout.cp_size != group_size(group):
-        raise ValueError(
-            f"the layout is cut for {layout.cp_size} ranks, the process group has {group_size(group)}; build it anew"
-        )
+    check_group(layout, group)
+    agree_once(_agreed(layout, q.device), layout, (*q.shape[1:], *v.shape[1:], q.dtype), group, q.device)
 
 
 def _rotate(
@@ -229,6 +239,12 @@ def _rotate(
 
 
 @lru_cache(maxsize=32)
+def _agreed(layout: SequenceLayout, device: torch.device) -> set[tuple]:
+    """What the ranks of a group have confirmed about this layout."""
+    return set()
+
+
+@lru_cache(maxsize=32)
 def _positions(layout: SequenceLayout, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(layout.local_positions).to(device, non_blocking=True)
 
@@ -239,15 +255,13 @@ def _row_partition(layout: SequenceLayout, device: torch.device) -> RowPartition
 
 
 @lru_cache(maxsize=32)
-def _causal_segments(layout: SequenceLayout) -> list[tuple[int, int, int, int]]:
-    """Runs of local rows that are consecutive in one document: ``(first, last)`` local, ``(start, end)`` global keys up to it."""
-    rows, documents = layout.local_rows, layout.local_documents
-    if not len(rows):
-        return []
-    edges = np.flatnonzero((np.diff(rows) != 1) | (np.diff(documents) != 0)) + 1
-    firsts, lasts = np.concatenate([[0], edges]), np.concatenate([edges, [len(rows)]])
-    starts = layout.local_document_starts
-    return [(int(a), int(b), int(starts[a]), int(rows[b - 1]) + 1) for a, b in zip(firsts, lasts, strict=True)]
+def _causal_segments(layout: SequenceLayout) -> list[tuple[int, int, int]]:
+    """Runs of local rows that are consecutive in one document: ``(rows, document, tokens of it up to the last row)``."""
+    rows, documents, positions = layout.local_rows, layout.local_documents, layout.local_positions
+    breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(documents) != 0)) + 1
+    edges = [0, *breaks.tolist(), len(rows)] if len(rows) else []
+    pairs = zip(edges[:-1], edges[1:], strict=True)
+    return [(last - first, int(documents[first]), int(positions[last - 1]) + 1) for first, last in pairs]
 
 
 def _causal_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from nsa_cp.context_parallel.differentiable import exchange_halo, gather_rows
 from nsa_cp.context_parallel.gather import RowGather, RowPartition, RowReduceScatter, RowRing
-from nsa_cp.context_parallel.group import check_agreement, group_rank, group_size
+from nsa_cp.context_parallel.group import agree_once, check_agreement, check_group, group_rank, group_size
 from nsa_cp.context_parallel.halo import HaloExchange, HaloRows
 from nsa_cp.context_parallel.layout import SequenceLayout
 
@@ -14,7 +14,9 @@ __all__ = [
     "RowReduceScatter",
     "RowRing",
     "SequenceLayout",
+    "agree_once",
     "check_agreement",
+    "check_group",
     "exchange_halo",
     "gather_rows",
     "group_rank",

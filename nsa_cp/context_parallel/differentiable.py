@@ -7,17 +7,20 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from nsa_cp.context_parallel.autograd import exact_backward, exact_forward
 from nsa_cp.context_parallel.gather import RowGather, RowPartition, RowReduceScatter
 from nsa_cp.context_parallel.halo import HaloExchange, HaloRows
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
+    @exact_forward
     def forward(ctx, partition, group, *tensors):  # noqa: ANN001, ANN205
         ctx.partition, ctx.group = partition, group
         return tuple(RowGather(tensors, partition, group).wait())
 
     @staticmethod
+    @exact_backward
     def backward(ctx, *gradients):  # noqa: ANN001, ANN205
         summed = RowReduceScatter([_widened(g) for g in gradients], ctx.partition, ctx.group).wait()
         return None, None, *(s.to(g.dtype) for s, g in zip(summed, gradients, strict=True))
@@ -25,6 +28,7 @@ class _GatherRows(torch.autograd.Function):
 
 class _ExchangeHalo(torch.autograd.Function):
     @staticmethod
+    @exact_forward
     def forward(ctx, halo, group, *tensors):  # noqa: ANN001, ANN205
         ctx.halo, ctx.group = halo, group
         exchange = HaloExchange([halo] * len(tensors), group)
@@ -32,6 +36,7 @@ class _ExchangeHalo(torch.autograd.Function):
         return tuple(exchange.wait())
 
     @staticmethod
+    @exact_backward
     def backward(ctx, *gradients):  # noqa: ANN001, ANN205
         exchange = HaloExchange([ctx.halo] * len(gradients), ctx.group)
         exchange.start_return([_widened(g) for g in gradients])

@@ -57,6 +57,7 @@ class RowGather:
         self.work: dist.Work | None = None
         if group_size(group) == 1:
             return
+        self.tensors = ()
         self.shapes = [x.shape[1:] for x in tensors]
         self.message = pack([_pad_rows(x, partition.padded) for x in tensors])
         self.buffer = self.message.new_empty(partition.cp_size * self.message.numel())
@@ -93,6 +94,7 @@ class RowReduceScatter:
         self.work: dist.Work | None = None
         if group_size(group) == 1:
             return
+        self.tensors = ()  # the message holds a copy
         cp_size, padded = partition.cp_size, partition.padded
         self.count = partition.counts[group_rank(group)]
         self.shapes = [(padded, *x.shape[1:]) for x in tensors]

@@ -7,6 +7,7 @@ import hashlib
 import torch
 import torch.distributed as dist
 
+from nsa_cp.context_parallel.layout import SequenceLayout
 from nsa_cp.context_parallel.transfer import all_gather
 
 
@@ -41,3 +42,36 @@ def check_agreement(description: str, group: dist.ProcessGroup | None, device: t
             f"context-parallel ranks {differing} differ from rank 0 in layout, shapes, dtype or settings; give every rank of "
             f"the group the same. Rank {group.rank()} has: {description}"
         )
+
+
+def check_group(layout: SequenceLayout, group: dist.ProcessGroup | None) -> None:
+    """The layout is cut for as many ranks as the group has.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if layout.cp_size != group_size(group):
+        raise ValueError(
+            f"the layout is cut for {layout.cp_size} ranks, the process group has {group_size(group)}; build it for the group"
+        )
+
+
+def agree_once(
+    confirmed: set[tuple], layout: SequenceLayout, facts: tuple, group: dist.ProcessGroup | None, device: torch.device
+) -> None:
+    """Check that all ranks of ``group`` hold the same layout and ``facts``, unless ``confirmed`` says they did before.
+
+    The check is a collective for the ranks that meet the layout for the first time. A rank that at the same moment repeats an
+    older layout takes no part in it; that mismatch ends at the process group's timeout.
+
+    Args:
+        confirmed: remembers what was checked; the caller keeps it beside what it caches for the layout.
+        facts: shapes, dtypes and settings.
+
+    Raises:
+        ValueError: as :func:`check_agreement`.
+    """
+    if group_size(group) == 1 or (group.group_name, facts) in confirmed:
+        return
+    check_agreement(f"documents {layout.cu_seqlens}, chunks {layout.chunks}, and {facts}", group, device)
+    confirmed.add((group.group_name, facts))

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from nsa_cp.config import NSAConfig
+from nsa_cp.context_parallel.autograd import exact_backward, exact_forward
 
 # Weights of one phi: () for mean, (position, weight) for linear, (position, w1, w2) for mlp; see `compress`.
 CompressorWeights = tuple[torch.Tensor, ...]
@@ -40,8 +41,24 @@ def compress(
     return (blocks.mean(2) + F.silu(flat @ weights[1]) @ weights[2]).transpose(0, 1)
 
 
+def check_compressor_weights(name: str, weights: CompressorWeights, x: torch.Tensor, config: NSAConfig) -> None:
+    """The weights are those of ``config.compressor`` for the groups and channels of ``x`` [T, G, D].
+
+    Raises:
+        ValueError: naming the weights' shapes and those that fit.
+    """
+    groups, dim, length = x.shape[1], x.shape[2], config.compress_block_size
+    hidden = weights[1].shape[-1] if config.compressor == "mlp" and len(weights) == 3 else dim
+    position, product = (groups, length, dim), (groups, length * dim, hidden)
+    fitting = {"mean": [], "linear": [position, product], "mlp": [position, product, (groups, hidden, dim)]}[config.compressor]
+    shapes = [tuple(w.shape) for w in weights]
+    if shapes != fitting:
+        raise ValueError(f"{name} of shapes {shapes} do not fit compressor = {config.compressor!r}; it takes {fitting}")
+
+
 class _KernelCompress(torch.autograd.Function):
     @staticmethod
+    @exact_forward
     def forward(ctx, x, starts, config: NSAConfig, *weights):  # noqa: ANN001, ANN205
         from nsa_cp.kernels.compression.forward import compress_forward
 
@@ -51,6 +68,7 @@ class _KernelCompress(torch.autograd.Function):
         return out
 
     @staticmethod
+    @exact_backward
     def backward(ctx, grad):  # noqa: ANN001, ANN205
         from nsa_cp.kernels.compression.backward import compress_backward
 

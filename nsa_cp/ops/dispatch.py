@@ -10,15 +10,19 @@ import torch
 from nsa_cp.config import Backend
 
 
-def resolve_backend(backend: Backend, x: torch.Tensor) -> str:
-    """``"torch"`` or ``"triton"`` for tensors like ``x``.
+# Channels of the widest heads that the kernels' tile tables cover.
+WIDEST_HEAD = 256
+
+
+def resolve_backend(backend: Backend, *tensors: torch.Tensor) -> str:
+    """``"torch"`` or ``"triton"`` for ``tensors`` of one dtype and device, channels last.
 
     Raises:
         ValueError: ``triton`` asked for where it cannot run; the message says why.
     """
     if backend == "torch":
         return "torch"
-    obstacle = triton_obstacle(x)
+    obstacle = triton_obstacle(*tensors)
     if backend == "auto":
         return "torch" if obstacle else "triton"
     if backend != "triton":
@@ -28,14 +32,17 @@ def resolve_backend(backend: Backend, x: torch.Tensor) -> str:
     return "triton"
 
 
-def triton_obstacle(x: torch.Tensor) -> str | None:
-    """Why Triton kernels cannot take tensors like ``x``, or None."""
+def triton_obstacle(*tensors: torch.Tensor) -> str | None:
+    """Why Triton kernels cannot take ``tensors``, or None."""
+    x, width = tensors[0], max(y.shape[-1] for y in tensors)
     if importlib.util.find_spec("nsa_cp.kernels.interval_attention") is None:
         return "this installation has no Triton kernels"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if x.dtype == torch.float64:
         return "the kernels compute in float32, not float64"
+    if width > WIDEST_HEAD:
+        return f"heads of {width} channels are wider than {WIDEST_HEAD}"
     if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {x.device.type}, not on a CUDA device"
     return None

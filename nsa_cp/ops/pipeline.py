@@ -22,11 +22,13 @@ from nsa_cp.context_parallel import (
     RowReduceScatter,
     RowRing,
     SequenceLayout,
-    check_agreement,
+    agree_once,
+    check_group,
     group_size,
 )
+from nsa_cp.context_parallel.autograd import exact_backward, exact_forward
 from nsa_cp.ops.checks import check_heads, check_rows
-from nsa_cp.ops.compression import CompressorWeights, compress
+from nsa_cp.ops.compression import CompressorWeights, check_compressor_weights, compress
 from nsa_cp.ops.dispatch import accumulator_dtype, resolve_backend
 from nsa_cp.ops.gating import combine_backward, combine_forward
 from nsa_cp.ops.interval_attention import interval_attention_backward, interval_attention_forward, merge_attention
@@ -89,8 +91,11 @@ def native_sparse_attention(
     if layout is None:
         layout = SequenceLayout.build(q.shape[0] if cu_seqlens is None else cu_seqlens)
     _check_inputs(q, k, v, gates, config, layout, group)
+    check_compressor_weights("k_weights", k_weights, k[0], config)
+    check_compressor_weights("v_weights", v_weights, v[0], config)
+    _check_blocks(blocks, q, k[0], config)
     plan = get_plan(layout, config, q.device)
-    _agree(plan, q, v[0], group)
+    agree_once(plan.agreed, layout, (*q.shape[1:], *v[0].shape[1:], q.dtype, config), group, q.device)
     if rotary is not None:
         tables = rotary_tables(plan.position, rotary, q.shape[-1], accumulator_dtype(q))
         q, rotated = apply_rope(q, *tables), [apply_rope(x, *tables) for x in k]
@@ -99,7 +104,7 @@ def native_sparse_attention(
     k_cmp = rotated[0] if config.compressed_rope == "before" else k[0]
     slc, win = 1 % len(k), 2 % len(k)
     branches = (k_cmp, v[0], rotated[slc], v[slc], rotated[win], v[win])
-    call = _Call(plan, group, resolve_backend(config.backend, q), len(k_weights), rotary, q.shape[1] // v[0].shape[1])
+    call = _Call(plan, group, resolve_backend(config.backend, q, v[0]), len(k_weights), rotary, q.shape[1] // v[0].shape[1])
     return NSAOutput(*_NativeSparseAttention.apply(call, blocks, q, *branches, gates, *k_weights, *v_weights))
 
 
@@ -147,6 +152,7 @@ class _Call:
 
 class _NativeSparseAttention(torch.autograd.Function):
     @staticmethod
+    @exact_forward
     def forward(ctx, call: _Call, blocks, q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, *weights):  # noqa: ANN001, ANN205
         plan, backend = call.plan, call.backend
         halo = call.halo_exchange()
@@ -168,6 +174,7 @@ class _NativeSparseAttention(torch.autograd.Function):
         return combine_forward(outs, gates, backend), blocks, *lses
 
     @staticmethod
+    @exact_backward
     def backward(ctx, grad, *_):  # noqa: ANN001, ANN205
         call: _Call = ctx.call
         saved = ctx.saved_tensors
@@ -185,7 +192,8 @@ class _NativeSparseAttention(torch.autograd.Function):
         raw = _GroupGather(call, k_slc, v_slc, call.groups_at_once(q, v_slc.shape[1], backward=True))
         k_whole, v_whole = gathered.wait()
         dq = torch.empty_like(q)
-        pending: list[tuple[RowReduceScatter, RowReduceScatter, list[torch.Tensor]]] = []
+        in_flight: list[tuple[RowReduceScatter, RowReduceScatter, list[torch.Tensor]]] = []
+        arrived: list[tuple[list[torch.Tensor], ...]] = []
         for groups, k_raw, v_raw in raw:
             heads = call.heads_of(groups)
             q_part, blocks_part = q[:, heads], blocks[:, groups]
@@ -201,8 +209,10 @@ class _NativeSparseAttention(torch.autograd.Function):
             _, *d_slc = selected_attention_backward(q_part, k_raw, v_raw, *slc, blocks_part, plan, backend, dq=part)
             dq[:, heads] = part
             sums = RowReduceScatter(d_cmp, plan.compressed_partition, call.group)
-            pending.append((sums, RowReduceScatter(d_slc, plan.row_partition, call.group), d_win))
-        arrived = [(cmp.wait(), slc.wait(), win) for cmp, slc, win in pending]
+            # One slice's sums travel while the next one computes; no more, for they are as long as the whole sequence.
+            arrived += [(cmp.wait(), slc.wait(), win) for cmp, slc, win in in_flight]
+            in_flight = [(sums, RowReduceScatter(d_slc, plan.row_partition, call.group), d_win)]
+        arrived += [(cmp.wait(), slc.wait(), win) for cmp, slc, win in in_flight]
         d_cmp, d_slc, d_win = (_join_groups(parts) for parts in zip(*arrived, strict=True))
         dk_buffer, dv_buffer, *dweights = compression.backward(d_cmp)
         halo.start_return([dk_buffer, dv_buffer, *d_win])
@@ -298,6 +308,14 @@ def _join_groups(parts: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
     return [torch.cat(slices, 1) if len(slices) > 1 else slices[0] for slices in zip(*parts, strict=True)]
 
 
+def _check_blocks(blocks: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, config: NSAConfig) -> None:
+    wanted = (q.shape[0], k.shape[1], config.num_selected_blocks)
+    if blocks is not None and (tuple(blocks.shape) != wanted or blocks.dtype != torch.int32 or blocks.device != q.device):
+        raise ValueError(
+            f"blocks are {blocks.dtype} {tuple(blocks.shape)} on {blocks.device}; give torch.int32 {wanted} on {q.device}"
+        )
+
+
 def _check_inputs(
     q: torch.Tensor,
     k: Sequence[torch.Tensor],
@@ -311,24 +329,15 @@ def _check_inputs(
         raise ValueError(
             f"shared_kv = {config.shared_kv} takes {config.num_branch_kv} key and value tensors, got {len(k)} and {len(v)}"
         )
-    if layout.cp_size != group_size(group):
-        raise ValueError(
-            f"the layout is cut for {layout.cp_size} ranks, the process group has {group_size(group)}; build it anew"
-        )
+    check_group(layout, group)
     for branch_k, branch_v in zip(k, v, strict=True):
         check_heads(q, branch_k, branch_v)
         check_rows(k=branch_k, expected=layout.num_local_tokens)
+        if branch_k.shape != k[0].shape or branch_v.shape != v[0].shape:
+            raise ValueError(
+                f"branches differ: k {tuple(branch_k.shape)}, v {tuple(branch_v.shape)} beside k {tuple(k[0].shape)}, "
+                f"v {tuple(v[0].shape)}; all branches have the same groups and channels"
+            )
     check_rows(q=q, gates=gates, expected=layout.num_local_tokens)
     if gates.dim() != 3 or gates.shape[1] not in (1, q.shape[1]) or gates.shape[2] != config.num_gates:
         raise ValueError(f"gates {tuple(gates.shape)} must be [tokens, {q.shape[1]} heads or 1, {config.num_gates} branches]")
-
-
-def _agree(plan: NSAPlan, q: torch.Tensor, v: torch.Tensor, group: dist.ProcessGroup | None) -> None:
-    """Once for each plan and shape, let the ranks compare what they are about to do."""
-    shape = (*q.shape[1:], *v.shape[1:], q.dtype)
-    if group_size(group) > 1 and (group.group_name, shape) not in plan.agreed_shapes:
-        description = (
-            f"documents {plan.layout.cu_seqlens}, chunks {plan.layout.chunks}, heads and channels {shape}, {plan.config}"
-        )
-        check_agreement(description, group, q.device)
-        plan.agreed_shapes.add((group.group_name, shape))

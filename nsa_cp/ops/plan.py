@@ -25,8 +25,8 @@ class NSAPlan:
         self.compressed_counts = np.maximum(0, (lengths - config.compress_block_size) // config.compress_stride + 1)
         self.block_counts = -(-lengths // config.select_block_size)
         self._document_starts = np.asarray(layout.cu_seqlens[:-1], dtype=np.int64)
-        # (group, shape) pairs for which all ranks have confirmed that they hold the same plan.
-        self.agreed_shapes: set[tuple] = set()
+        # What the ranks of a group have confirmed about this layout: see `agree_once`.
+        self.agreed: set[tuple] = set()
 
     # --- documents -----------------------------------------------------------------------------------------------------
 

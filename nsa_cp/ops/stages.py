@@ -13,9 +13,10 @@ import torch
 
 from nsa_cp.config import Backend, NSAConfig, RotaryConfig
 from nsa_cp.context_parallel import SequenceLayout
+from nsa_cp.context_parallel.autograd import exact_backward, exact_forward
 from nsa_cp.ops.checks import check_heads, check_rows
 from nsa_cp.ops.compression import CompressorWeights, compress
-from nsa_cp.ops.dispatch import resolve_backend
+from nsa_cp.ops.dispatch import accumulator_dtype, resolve_backend
 from nsa_cp.ops.gating import combine_backward, combine_forward, softmax_delta
 from nsa_cp.ops.interval_attention import interval_attention_backward, interval_attention_forward
 from nsa_cp.ops.intervals import Intervals
@@ -29,6 +30,7 @@ class IntervalAttention(torch.autograd.Function):
     """Differentiable interval attention: q, k, v, the intervals and the resolved backend in, (out, lse) out."""
 
     @staticmethod
+    @exact_forward
     def forward(ctx, q, k, v, intervals: Intervals, backend: str):  # noqa: ANN001, ANN205
         out, lse = interval_attention_forward(q, k, v, intervals, backend)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -36,6 +38,7 @@ class IntervalAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @exact_backward
     def backward(ctx, grad, grad_lse):  # noqa: ANN001, ANN205
         q, k, v, out, lse = ctx.saved_tensors
         delta = softmax_delta(grad, out, grad_lse, ctx.backend)
@@ -45,6 +48,7 @@ class IntervalAttention(torch.autograd.Function):
 
 class _SelectedAttention(torch.autograd.Function):
     @staticmethod
+    @exact_forward
     def forward(ctx, q, k, v, blocks, plan: NSAPlan, backend: str):  # noqa: ANN001, ANN205
         out, lse = selected_attention_forward(q, k, v, blocks, plan, backend)
         ctx.save_for_backward(q, k, v, blocks, out, lse)
@@ -52,6 +56,7 @@ class _SelectedAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @exact_backward
     def backward(ctx, grad, grad_lse):  # noqa: ANN001, ANN205
         q, k, v, blocks, out, lse = ctx.saved_tensors
         delta = softmax_delta(grad, out, grad_lse, ctx.backend)
@@ -61,12 +66,14 @@ class _SelectedAttention(torch.autograd.Function):
 
 class _CombineBranches(torch.autograd.Function):
     @staticmethod
+    @exact_forward
     def forward(ctx, gates, backend: str, *outs):  # noqa: ANN001, ANN205
         ctx.save_for_backward(gates, *outs)
         ctx.backend = backend
         return combine_forward(outs, gates, backend)
 
     @staticmethod
+    @exact_backward
     def backward(ctx, grad):  # noqa: ANN001, ANN205
         gates, *outs = ctx.saved_tensors
         gradients = combine_backward(grad, outs, gates, ctx.backend)
@@ -95,11 +102,11 @@ def compress_kv(
     """
     check_rows(k=k, v=v)
     plan = _plan(k, config, cu_seqlens)
-    resolved = resolve_backend(backend, k)
+    resolved = resolve_backend(backend, k, v)
     k_cmp = compress(k, plan.compression_starts, k_weights, config, resolved)
     v_cmp = compress(v, plan.compression_starts, v_weights, config, resolved)
     if rotary is not None:
-        k_cmp = apply_rope(k_cmp, *rotary_tables(plan.own_compressed_position, rotary, k.shape[-1], _table_dtype(k)))
+        k_cmp = apply_rope(k_cmp, *rotary_tables(plan.own_compressed_position, rotary, k.shape[-1], accumulator_dtype(k)))
     return k_cmp, v_cmp
 
 
@@ -125,7 +132,7 @@ def compressed_attention(
     check_heads(q, k_cmp, v_cmp)
     plan = _plan(q, config, cu_seqlens)
     check_rows(k_cmp=k_cmp, v_cmp=v_cmp, expected=plan.compressed_intervals.num_keys)
-    return IntervalAttention.apply(q, k_cmp, v_cmp, plan.compressed_intervals, resolve_backend(backend, q))
+    return IntervalAttention.apply(q, k_cmp, v_cmp, plan.compressed_intervals, resolve_backend(backend, q, v_cmp))
 
 
 def select_blocks(
@@ -177,7 +184,7 @@ def selected_attention(
     """
     check_heads(q, k, v)
     check_rows(q=q, k=k, v=v, blocks=blocks)
-    return _SelectedAttention.apply(q, k, v, blocks, _plan(q, config, cu_seqlens), resolve_backend(backend, q))
+    return _SelectedAttention.apply(q, k, v, blocks, _plan(q, config, cu_seqlens), resolve_backend(backend, q, v))
 
 
 def window_attention(
@@ -201,7 +208,7 @@ def window_attention(
     """
     check_heads(q, k, v)
     check_rows(q=q, k=k, v=v)
-    return IntervalAttention.apply(q, k, v, _plan(q, config, cu_seqlens).window_intervals, resolve_backend(backend, q))
+    return IntervalAttention.apply(q, k, v, _plan(q, config, cu_seqlens).window_intervals, resolve_backend(backend, q, v))
 
 
 def combine_branches(outs: Sequence[torch.Tensor], gates: torch.Tensor, backend: Backend = "auto") -> torch.Tensor:
@@ -227,7 +234,3 @@ def _plan(x: torch.Tensor, config: NSAConfig, cu_seqlens: Sequence[int] | None) 
     layout = SequenceLayout.build(x.shape[0] if cu_seqlens is None else cu_seqlens)
     check_rows(x=x, expected=layout.num_tokens)
     return get_plan(layout, config, x.device)
-
-
-def _table_dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

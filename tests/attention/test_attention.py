@@ -55,7 +55,8 @@ def _inputs(tokens: int) -> list[torch.Tensor]:
 def _answers(attention: Callable, inputs: list[torch.Tensor], grad: torch.Tensor, *args: object) -> dict[str, torch.Tensor]:
     inputs = [x.detach().requires_grad_() for x in inputs]
     out = attention(*inputs, *args)
-    return dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *torch.autograd.grad(out, inputs, grad)), strict=True))
+    gradients = torch.autograd.grad(out, inputs, grad, materialize_grads=True)
+    return dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *gradients), strict=True))
 
 
 def _dense_on_rank(rank: int, world_size: int, name: str, kind: str, per_document: bool) -> dict[str, torch.Tensor]:
@@ -83,6 +84,20 @@ def test_dense_layers_equal_the_oracle_at_any_world_size(workers, world_size: in
         shards = workers(world_size).run(_dense_on_rank, name, kind, per_document)
         layout = SequenceLayout.build(PACKED, cp_size=world_size, kind=kind, per_document=per_document)
         assert_close(join_shards(shards, layout), expected, rtol=1e-10, atol=1e-10, name=f"{name} {kind}")
+
+
+def _dense_with_empty_rank(rank: int, world_size: int, name: str) -> tuple[int, bool]:
+    layout = SequenceLayout.build((0, 1, 2), cp_size=world_size, cp_rank=rank)
+    *inputs, grad = map(layout.shard, _inputs(2))
+    answers = _answers(DENSE[name][0], inputs, grad, layout, dist.group.WORLD)
+    return len(answers["out"]), all(bool(x.isfinite().all()) for x in answers.values())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", DENSE)
+def test_a_rank_without_rows_takes_part(workers, name: str) -> None:
+    lengths, finite = zip(*workers(2).run(_dense_with_empty_rank, name, timeout=60), strict=True)
+    assert sorted(lengths) == [0, 2] and all(finite)
 
 
 def _module(group: dist.ProcessGroup | None = None, **changes: object) -> NativeSparseAttention:

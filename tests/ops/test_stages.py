@@ -191,6 +191,24 @@ def test_lower_precision_is_as_exact_as_its_inputs(dtype: torch.dtype) -> None:
     assert actual["out"].dtype == dtype and actual["lse_window"].dtype == torch.float32
 
 
+def test_autocast_changes_no_bit() -> None:
+    problem = make_problem(SMALL, PACKED, dtype=torch.float32)
+    expected = solve(problem)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = solve(problem)
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+def test_a_second_derivative_is_refused() -> None:
+    problem = make_problem(SMALL, (0, 40))
+    q = problem.q.requires_grad_()
+    out, _ = window_attention(q, problem.k[0], problem.v[0], SMALL)
+    (gradient,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_two_runs_are_bitwise_equal() -> None:
     problem = make_problem(SMALL, PACKED, dtype=torch.float32)
     first, second = solve(problem), solve(problem)
@@ -217,6 +235,14 @@ def test_memory_is_linear() -> None:
     assert largest[2048] < 2048 * 2048 // SMALL.compress_stride
 
 
+def test_an_injected_selection_of_another_shape_is_refused() -> None:
+    problem = make_problem(SMALL, PACKED)
+    blocks = solve(problem)["blocks"]
+    for wrong in (blocks[:, :1], blocks[:-1], blocks.long()):
+        with pytest.raises(ValueError, match="blocks are"):
+            solve(problem, blocks=wrong)
+
+
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_backends_that_cannot_run_are_refused(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -236,6 +262,8 @@ def test_backends_that_cannot_run_are_refused(backend: str, monkeypatch: pytest.
         (lambda p: replace(p, gates=p.gates[..., :2]), "gates"),
         (lambda p: replace(p, v=tuple(x.float() for x in p.v)), "v is torch.float32"),
         (lambda p: replace(p, cu_seqlens=(0, 60)), "60"),
+        (lambda p: replace(p, v=(p.v[0], p.v[1][..., :-1], p.v[2])), "branches differ"),
+        (lambda p: replace(p, k_weights=p.k_weights[:2]), "k_weights of shapes .* do not fit compressor = 'mlp'"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(change, message: str) -> None:  # noqa: ANN001
