@@ -53,7 +53,12 @@ def main(arguments: list[str]) -> int:
     try:
         from nsa_cp.cli.main import main as nsa_cp_main
 
-        return nsa_cp_main(arguments)
+        status = nsa_cp_main(arguments)
+        if status:
+            # Bad input may be seen by some ranks only, a file missing on one machine for example.
+            sys.stderr.flush()
+            MPI.COMM_WORLD.Abort(status)
+        return status
     except Exception:
         # The other ranks wait for this one in a collective and would never end: MPI ends the job.
         traceback.print_exc()

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Usage, one node:    NPROC_PER_NODE=8 bash launch/torchrun.sh train configs/quickstart.yaml [key=value ...]
-# Usage, many nodes:  NNODES=4 MASTER_ADDR=node0 NPROC_PER_NODE=8 bash launch/torchrun.sh train CONFIG    (the same on each)
+# Usage, one node:    NPROC_PER_NODE=2 bash launch/torchrun.sh train configs/quickstart.yaml [key=value ...]
+# Usage, many nodes:  NNODES=8 MASTER_ADDR=node0 NPROC_PER_NODE=8 bash launch/torchrun.sh train configs/multinode_1b.yaml    (on each)
 #
 # Everything after the script's name is the command line of `nsa-cp`, run once a process. From the environment:
 #   NPROC_PER_NODE   processes on this node (default: one a GPU, or one a CPU core without a GPU)
@@ -16,6 +16,8 @@ if [ "${NNODES:-1}" = 1 ]; then
 else
     rendezvous=(--rdzv-endpoint "${MASTER_ADDR:?set it to a node that all nodes can reach}:${MASTER_PORT:-29500}")
 fi
+# On SIGTERM the processes save a checkpoint; torchrun would kill them after 30 seconds. (Older PyTorch ignores this.)
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-170}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec "${PYTHON:-$venv_python}" -m torch.distributed.run --nnodes "${NNODES:-1}" --nproc-per-node "${NPROC_PER_NODE:-auto}" \
     --rdzv-backend c10d --rdzv-id "${JOB_ID:-nsa-cp}" "${rendezvous[@]}" -m nsa_cp.cli.main "$@"

@@ -29,7 +29,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     attention.add_argument("--repetitions", type=int, default=10)
     attention.add_argument("--csv", type=Path, default=None, metavar="FILE", help="write the rows, and plots beside them")
     for name in _SETTINGS:
-        attention.add_argument(f"--{name.replace('_', '-')}", type=int, default=None, metavar="TOKENS")
+        attention.add_argument(f"--{name.replace('_', '-')}", type=int, default=None, metavar="N")
     attention.set_defaults(run=_attention)
     _add_context_parallel(kinds)
 

@@ -104,17 +104,34 @@ def check_compatible(manifest: dict[str, Any], config: RunConfig, path: Path) ->
     """
     pairs = [(f"model shape {key}", manifest["model"].get(key), value) for key, value in config.model_shape().items()]
     pairs += [(key, manifest["optimizer"].get(key), value) for key, value in _optimizer_kind(config).items()]
+    _refuse_differences(pairs, path)
+    if manifest["step"] > config.train.steps:
+        raise UserError(
+            f"checkpoint {path} is at step {manifest['step']}, beyond train.steps = {config.train.steps}; "
+            f"raise train.steps to go on"
+        )
+
+
+def check_same_data(manifest: dict[str, Any], config: RunConfig, path: Path) -> None:
+    """Refuse to resume on another order of the data: a run would repeat text, skip it, or train on what was held out.
+
+    Paths may change, since data moves.
+
+    Raises:
+        UserError: naming the first setting that differs, with both values.
+    """
+    names = ("kind", "sequence_length", "validation_fraction")
+    pairs = [(f"data.{name}", manifest["data"].get(name), getattr(config.data, name)) for name in names]
+    _refuse_differences([("seed", manifest["seed"], config.seed), *pairs], path)
+
+
+def _refuse_differences(pairs: Sequence[tuple[str, Any, Any]], path: Path) -> None:
     for name, saved, wanted in pairs:
         if saved != wanted:
             raise UserError(
                 f"checkpoint {path} was written with {name} = {saved}, but the configuration has {wanted}; "
                 f"resume with {saved}, or give the run another name to start afresh"
             )
-    if manifest["step"] > config.train.steps:
-        raise UserError(
-            f"checkpoint {path} is at step {manifest['step']}, beyond train.steps = {config.train.steps}; "
-            f"raise train.steps to go on"
-        )
 
 
 def _optimizer_kind(config: RunConfig) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, create_model, field_validator
 
 from nsa_cp.config import NSAConfig, RotaryConfig
 
@@ -21,6 +21,14 @@ class Section(BaseModel):
     """Base of all sections: unknown keys are refused and values never change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # Python's True is a 1: `lr: true` would train at a rate of 1.0.
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError(f"{str(value).lower()} is no value for this; true and false are for switches only")
+        return value
 
 
 class ModelSection(Section):
@@ -141,7 +149,7 @@ class RunConfig(Section):
     @property
     def run_dir(self) -> Path:
         """Folder that holds everything the run leaves."""
-        return Path(self.runs_dir) / self.name
+        return Path(self.runs_dir).expanduser() / self.name
 
     @property
     def nsa_config(self) -> NSAConfig:

@@ -19,7 +19,14 @@ from megatron.core import parallel_state
 
 from nsa_cp.megatron import check_apex
 from nsa_cp.training import plots
-from nsa_cp.training.checkpoint import check_compatible, find_latest, load_checkpoint, read_manifest, save_checkpoint
+from nsa_cp.training.checkpoint import (
+    check_compatible,
+    check_same_data,
+    find_latest,
+    load_checkpoint,
+    read_manifest,
+    save_checkpoint,
+)
 from nsa_cp.training.config import RunConfig
 from nsa_cp.training.config_checks import check_world
 from nsa_cp.training.data import SampleSource, load_text, train_batches
@@ -124,6 +131,7 @@ def prepare(config: RunConfig, *, resume: bool = False, overwrite: bool = False,
         path = find_latest(folder.checkpoints)
         manifest = read_manifest(path)
         check_compatible(manifest, config, path)
+        check_same_data(manifest, config, path)
         plan.checkpoint = (path, manifest)
     return plan
 

@@ -111,9 +111,11 @@ def test_no_checkpoint(run: RunConfig) -> None:
         ("nsa.shared_kv=true", "nsa.shared_kv = False, but the configuration has True"),
         ("train.dtype=bf16", "train.dtype = fp32, but the configuration has bf16"),
         ("parallel.distributed_optimizer=true", "parallel.distributed_optimizer = False, but the configuration has True"),
+        ("seed=4321", "seed = .*, but the configuration has 4321"),
+        ("data.validation_fraction=0.3", "data.validation_fraction = .*, but the configuration has 0.3"),
     ],
 )
-def test_another_model_is_refused_with_both_numbers(run: RunConfig, override: str, pattern: str) -> None:
+def test_another_model_or_order_of_data_is_refused_with_both_numbers(run: RunConfig, override: str, pattern: str) -> None:
     refuse(changed(run, override), pattern)
 
 

@@ -45,7 +45,7 @@ def test_every_setting_of_the_attention_is_in_the_yaml() -> None:
         compressed_rope="before",
         gate="branch",
         layout="contiguous",
-        compressed_comm="all_gather",
+        compressed_comm="ring",
         backend="torch",
     )
     assert build_config({"nsa": values}).nsa_config == NSAConfig(**values)
@@ -56,6 +56,16 @@ def test_numbers_written_as_yaml_strings_are_coerced() -> None:
     assert isinstance(tree["train"]["lr"], str)  # what PyYAML makes of 1e-4
     train = build_config(tree).train
     assert (train.lr, train.min_lr, train.steps) == (1e-4, 1e-5, 20)
+
+
+def test_true_is_no_number() -> None:
+    found = problems({"train": {"lr": True, "steps": False}, "parallel": {"sequence_parallel": False}})
+    assert set(found) == {"train.lr", "train.steps"} and "true is no value" in found["train.lr"]
+
+
+def test_a_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert build_config({"runs_dir": "~/runs", "name": "a"}).run_dir == tmp_path / "runs" / "a"
 
 
 def test_overrides_reach_nested_keys_and_create_sections() -> None:
