@@ -126,16 +126,24 @@ def test_training_two_steps_under_mpirun(tmp_path):
 
 
 @pytest.mark.distributed
-def test_one_failing_rank_ends_the_job(tmp_path):
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "raise RuntimeError(f'rank 1 had enough of {arguments}')",
+        "print(f'rank 1 had enough of {arguments}', file=sys.stderr); return 2",
+    ],
+    ids=["raises", "refuses"],
+)
+def test_one_failing_rank_ends_the_job(tmp_path, fault):
     program = tmp_path / "nsa_cp" / "cli"
     program.mkdir(parents=True)
     (program.parent / "__init__.py").touch()
     (program / "__init__.py").touch()
     (program / "main.py").write_text(
-        "import os, time\n"
+        "import os, sys, time\n"
         "def main(arguments):\n"
         "    if os.environ['RANK'] == '1':\n"
-        "        raise RuntimeError(f'rank 1 had enough of {arguments}')\n"
+        f"        {fault}\n"
         "    time.sleep(600)\n"
     )
     done = mpirun(LAUNCH / "mpirun.py", "train", env={"PYTHONPATH": str(tmp_path)}, timeout=60)

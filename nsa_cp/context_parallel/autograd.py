@@ -1,0 +1,37 @@
+"""How this project writes autograd Functions: at the precision it chooses itself, and differentiable once."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+
+def exact_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a Function's forward as if ``torch.autocast`` were off: sums in float32 stay so, and match the backward's."""
+
+    @functools.wraps(forward)
+    def run(ctx: Any, *arguments: Any) -> Any:
+        with _autocast_off(arguments):
+            return forward(ctx, *arguments)
+
+    return run
+
+
+def exact_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for a backward, which also refuses to be differentiated again: its formulas hold for first derivatives."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *gradients: Any) -> Any:
+        with _autocast_off(gradients):
+            return backward(ctx, *gradients)
+
+    return once_differentiable(run)
+
+
+def _autocast_off(arguments: tuple[Any, ...]) -> torch.autocast:
+    device = next((x.device.type for x in arguments if isinstance(x, torch.Tensor)), "cpu")
+    return torch.autocast(device, enabled=False)
