@@ -9,7 +9,6 @@ import torch
 
 from nsa_cp.config import Backend
 
-
 # Channels of the widest heads that the kernels' tile tables cover.
 WIDEST_HEAD = 256
 
