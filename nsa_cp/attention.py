@@ -7,7 +7,6 @@ here rotates them itself at their document positions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -17,11 +16,11 @@ from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 
 from nsa_cp.config import Backend, NSAConfig, RotaryConfig
-from nsa_cp.context_parallel import RowPartition, SequenceLayout, agree_once, check_group, exchange_halo, gather_rows
+from nsa_cp.context_parallel import SequenceLayout, agree_once, check_group, exchange_halo, gather_rows
 from nsa_cp.ops import initial_compressor_weights, native_sparse_attention
 from nsa_cp.ops.checks import check_heads, check_rows
 from nsa_cp.ops.dispatch import accumulator_dtype, resolve_backend
-from nsa_cp.ops.plan import get_plan, get_window_plan
+from nsa_cp.ops.plan import get_layout_plan, get_plan, get_window_plan
 from nsa_cp.ops.rope import apply_rope, rotary_tables
 from nsa_cp.ops.stages import IntervalAttention
 
@@ -176,15 +175,16 @@ def full_attention(
         ValueError: inputs that do not fit together or to the layout.
     """
     _check(q, k, v, layout, cp_group)
+    plan = get_layout_plan(layout, q.device)
     q, k = _rotate(q, k, layout, rotary)
-    k, v = gather_rows([k, v], _row_partition(layout, q.device), cp_group)
+    k, v = gather_rows([k, v], plan.row_partition, cp_group)
     # Split once by document: a slice of the whole for each would make the backward add as many whole gradients.
     lengths = np.diff(layout.cu_seqlens).tolist()
     k_documents, v_documents = k.split(lengths), v.split(lengths)
-    segments = _causal_segments(layout)
+    runs = plan.consecutive_runs
     outs = [
         _causal_sdpa(rows, k_documents[document][:seen], v_documents[document][:seen])
-        for rows, (_, document, seen) in zip(q.split([count for count, _, _ in segments]), segments, strict=True)
+        for rows, (_, document, seen) in zip(q.split([count for count, _, _ in runs]), runs, strict=True)
     ]
     # A rank without rows stays in the graph: its part of the gradients' reduce-scatter must run.
     return torch.cat([*outs, v[:0].repeat_interleave(q.shape[1] // k.shape[1], 1)])
@@ -225,7 +225,7 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLa
     check_heads(q, k, v)
     check_rows(q=q, k=k, v=v, expected=layout.num_local_tokens)
     check_group(layout, group)
-    agree_once(_agreed(layout, q.device), layout, (*q.shape[1:], *v.shape[1:], q.dtype), group, q.device)
+    agree_once(get_layout_plan(layout, q.device).agreed, layout, (*q.shape[1:], *v.shape[1:], q.dtype), group, q.device)
 
 
 def _rotate(
@@ -233,35 +233,8 @@ def _rotate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if rotary is None:
         return q, k
-    positions = _positions(layout, q.device)
-    tables = rotary_tables(positions, rotary, q.shape[-1], accumulator_dtype(q))
+    tables = rotary_tables(get_layout_plan(layout, q.device).position, rotary, q.shape[-1], accumulator_dtype(q))
     return apply_rope(q, *tables), apply_rope(k, *tables)
-
-
-@lru_cache(maxsize=32)
-def _agreed(layout: SequenceLayout, device: torch.device) -> set[tuple]:
-    """What the ranks of a group have confirmed about this layout."""
-    return set()
-
-
-@lru_cache(maxsize=32)
-def _positions(layout: SequenceLayout, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(layout.local_positions).to(device, non_blocking=True)
-
-
-@lru_cache(maxsize=32)
-def _row_partition(layout: SequenceLayout, device: torch.device) -> RowPartition:
-    return RowPartition(layout.row_owner, layout.cp_size).to(device)
-
-
-@lru_cache(maxsize=32)
-def _causal_segments(layout: SequenceLayout) -> list[tuple[int, int, int]]:
-    """Runs of local rows that are consecutive in one document: ``(rows, document, tokens of it up to the last row)``."""
-    rows, documents, positions = layout.local_rows, layout.local_documents, layout.local_positions
-    breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(documents) != 0)) + 1
-    edges = [0, *breaks.tolist(), len(rows)] if len(rows) else []
-    pairs = zip(edges[:-1], edges[1:], strict=True)
-    return [(last - first, int(documents[first]), int(positions[last - 1]) + 1) for first, last in pairs]
 
 
 def _causal_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

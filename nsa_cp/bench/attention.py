@@ -7,10 +7,8 @@ Attention only: no projections, no position embedding. Every row of the CSV is o
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -112,16 +110,6 @@ def run_attention_benchmark(
                     peak_gib=round(peaks[impl][pass_], 3) if stage == "all" else 0.0,
                     **machine,
                 )
-
-
-def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """Write rows with the header that plots and readers expect; makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    names = [name.rstrip("_") for name in Row.__dataclass_fields__]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(names)
-        writer.writerows(asdict(row).values() for row in rows)
 
 
 def _inputs(case: Case, seed: int) -> AttentionInputs:

@@ -9,10 +9,8 @@ same work with every transfer answered from memory at once.
 from __future__ import annotations
 
 import contextlib
-import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -127,15 +125,6 @@ def run_context_parallel_benchmark(
                         gpu=machine["gpu"],
                         commit=machine["commit"],
                     )
-
-
-def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """Write rows with the header that readers expect; makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([name.rstrip("_") for name in Row.__dataclass_fields__])
-        writer.writerows(asdict(row).values() for row in rows)
 
 
 def _measure(

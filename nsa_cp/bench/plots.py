@@ -82,7 +82,8 @@ def _plot_times(totals: dict[tuple[str, str, str], dict[int, float]], path: Path
                   label=f"{impl}, {heads}, {inputs}")  # fmt: skip
     axes.set_yscale("log")
     _length_axis(axes, {length for series in totals.values() for length in series})
-    axes.legend(frameon=False, fontsize=7, labelcolor=_MUTED)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=7, labelcolor=_MUTED)
     return _finish(figure, path)
 
 
@@ -104,7 +105,8 @@ def _plot_speedups(totals: dict[tuple[str, str, str], dict[int, float]], path: P
     axes.axhline(1, color=_MUTED, linewidth=0.8)
     _length_axis(axes, {length for series in totals.values() for length in series})
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize=7, labelcolor=_MUTED)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=7, labelcolor=_MUTED)
     return _finish(figure, path)
 
 

@@ -37,8 +37,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def _attention(arguments: argparse.Namespace) -> int:
     import torch
 
-    from nsa_cp.bench.attention import IMPLEMENTATIONS, default_cases, run_attention_benchmark, write_csv
+    from nsa_cp.bench.attention import IMPLEMENTATIONS, Row, default_cases, run_attention_benchmark
     from nsa_cp.bench.plots import plot_attention
+    from nsa_cp.bench.rows import write_csv
 
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     unknown = set(arguments.impls) - set(IMPLEMENTATIONS)
@@ -66,7 +67,7 @@ def _attention(arguments: argparse.Namespace) -> int:
             flush=True,
         )
     if arguments.csv:
-        write_csv(rows, arguments.csv)
+        write_csv(Row, rows, arguments.csv)
         plots = plot_attention(arguments.csv, arguments.csv.parent)
         print(f"wrote {', '.join(map(str, [arguments.csv, *plots]))}")
     return 0
@@ -93,8 +94,9 @@ def _context_parallel(arguments: argparse.Namespace) -> int:
     import torch
     import torch.distributed as dist
 
-    from nsa_cp.bench.context_parallel import run_context_parallel_benchmark, write_csv
+    from nsa_cp.bench.context_parallel import Row, run_context_parallel_benchmark
     from nsa_cp.bench.inputs import HeadLayout
+    from nsa_cp.bench.rows import write_csv
     from nsa_cp.config import NSAConfig
 
     if "RANK" not in os.environ:
@@ -123,7 +125,7 @@ def _context_parallel(arguments: argparse.Namespace) -> int:
                 flush=True,
             )
     if arguments.csv and dist.get_rank() == 0:
-        write_csv(rows, arguments.csv)
+        write_csv(Row, rows, arguments.csv)
         print(f"wrote {arguments.csv}")
     dist.destroy_process_group()
     return 0

@@ -1,4 +1,4 @@
-"""All index structures of one (layout, settings, device): made once on the host, then shared by every layer and step."""
+"""All index structures of a layout on a device, with and without NSA's settings: made once, shared by every layer and step."""
 
 from __future__ import annotations
 
@@ -13,27 +13,52 @@ from nsa_cp.context_parallel.layout import expand_ranges
 from nsa_cp.ops.intervals import Intervals
 
 
-class NSAPlan:
+class LayoutPlan:
+    """Index structures of a layout alone, whatever the attention. Build it with :func:`get_layout_plan`."""
+
+    def __init__(self, layout: SequenceLayout, device: torch.device) -> None:
+        self.layout, self.device = layout, device
+        # What the ranks of a group have confirmed about this layout: see `agree_once`.
+        self.agreed: set[tuple] = set()
+
+    @cached_property
+    def position(self) -> torch.Tensor:
+        """Position of each local row in its document, int32 [T]."""
+        return self._tensor(self.layout.local_positions)
+
+    @cached_property
+    def row_partition(self) -> RowPartition:
+        """Raw rows by rank."""
+        return RowPartition(self.layout.row_owner, self.layout.cp_size).to(self.device)
+
+    @cached_property
+    def consecutive_runs(self) -> list[tuple[int, int, int]]:
+        """Runs of local rows that are consecutive in one document: ``(rows, document, tokens of it up to the last row)``."""
+        rows, documents, positions = self.layout.local_rows, self.layout.local_documents, self.layout.local_positions
+        breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(documents) != 0)) + 1
+        edges = [0, *breaks.tolist(), len(rows)] if len(rows) else []
+        pairs = zip(edges[:-1], edges[1:], strict=True)
+        return [(last - first, int(documents[first]), int(positions[last - 1]) + 1) for first, last in pairs]
+
+    def _tensor(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values).astype(np.int32)).to(self.device, non_blocking=True)
+
+
+class NSAPlan(LayoutPlan):
     """Positions, intervals and owners that the stages read. Compressed tokens and blocks are numbered over all documents.
 
     Build it with :func:`get_plan`, which keeps recent plans.
     """
 
     def __init__(self, layout: SequenceLayout, config: NSAConfig, device: torch.device) -> None:
-        self.layout, self.config, self.device = layout, config, device
-        lengths = np.diff(np.asarray(layout.cu_seqlens, dtype=np.int64))
-        self.compressed_counts = np.maximum(0, (lengths - config.compress_block_size) // config.compress_stride + 1)
-        self.block_counts = -(-lengths // config.select_block_size)
+        super().__init__(layout, device)
+        self.config = config
+        lengths = np.diff(layout.cu_seqlens).tolist()
+        self.compressed_counts = np.asarray([config.num_compressed_tokens(n) for n in lengths], dtype=np.int64)
+        self.block_counts = np.asarray([config.num_select_blocks(n) for n in lengths], dtype=np.int64)
         self._document_starts = np.asarray(layout.cu_seqlens[:-1], dtype=np.int64)
-        # What the ranks of a group have confirmed about this layout: see `agree_once`.
-        self.agreed: set[tuple] = set()
 
     # --- documents -----------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def position(self) -> torch.Tensor:
-        """Position of each local row in its document, int32 [T]."""
-        return self._tensor(self.layout.local_positions)
 
     @cached_property
     def key_start(self) -> torch.Tensor:
@@ -136,11 +161,6 @@ class NSAPlan:
     # --- selected branch -----------------------------------------------------------------------------------------------
 
     @cached_property
-    def row_partition(self) -> RowPartition:
-        """Raw rows by rank."""
-        return RowPartition(self.layout.row_owner, self.layout.cp_size).to(self.device)
-
-    @cached_property
     def block_base(self) -> torch.Tensor:
         """Number of the first block of each local query's document, int32 [T]."""
         base = np.cumsum(self.block_counts) - self.block_counts
@@ -169,8 +189,11 @@ class NSAPlan:
         end = np.minimum(self._block_start + self.config.select_block_size, document_end)
         return torch.from_numpy(foreign[end] > foreign[self._block_start]).to(self.device)
 
-    def _tensor(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values).astype(np.int32)).to(self.device, non_blocking=True)
+
+@lru_cache(maxsize=32)
+def get_layout_plan(layout: SequenceLayout, device: torch.device) -> LayoutPlan:
+    """The plan of a layout alone on a device; the most recent ones are kept."""
+    return LayoutPlan(layout, device)
 
 
 @lru_cache(maxsize=32)

@@ -1,0 +1,21 @@
+"""Benchmark rows as CSV files."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import astuple, fields
+from pathlib import Path
+from typing import Any
+
+
+def write_csv(row_type: type, rows: Sequence[Any], path: Path) -> None:
+    """Write rows, instances of the dataclass ``row_type``, under a header of its field names; makes the folder.
+
+    A trailing underscore, which keeps a field's name from being a keyword of Python, is left out of the header.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(field.name.rstrip("_") for field in fields(row_type))
+        writer.writerows(map(astuple, rows))
