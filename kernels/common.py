@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -56,9 +57,41 @@ def accumulator(dq: torch.Tensor | None, shape: tuple[int, ...], device: torch.d
     return dq, True
 
 
-def gate_arguments(gate: torch.Tensor | None, like: torch.Tensor) -> tuple[torch.Tensor, int, int, bool]:
-    """Pointer, strides and presence of a row factor [T, N]; a gate shared by all heads comes expanded, with stride 0."""
-    return (like, 0, 0, False) if gate is None else (gate, gate.stride(0), gate.stride(1), True)
+def copies_in_bulk(*tensors: torch.Tensor) -> bool:
+    """Whether Hopper's copy engine can fetch tiles of all of these: bases and rows start at multiples of 16 bytes."""
+    return all(
+        x.is_cuda
+        and torch.cuda.get_device_capability(x.device)[0] >= 9
+        and x.data_ptr() % 16 == 0
+        and all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:2])
+        for x in tensors
+    )
+
+
+def bulk_tiles(x: torch.Tensor, rows: int, heads: int, split: tuple[int, int], bulk: bool) -> tuple[object, object]:
+    """Descriptors of tiles ``rows x heads`` of ``x`` [R, heads, D], for both column parts; ``x`` itself if not ``bulk``.
+
+    Columns past D read as 0. Without a tail the second is a stand-in that nothing reads.
+    """
+    if not bulk:
+        return x, x
+    head, tail = (TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, heads, part or split[0]]) for part in split)
+    return head, tail
+
+
+def key_arguments(k: torch.Tensor, v: torch.Tensor, keys: int, bulk: bool) -> tuple[object, ...]:
+    """What kernels that walk key tiles take for k [M, G, Dk] and v [M, G, Dv]: both, and their tiles' descriptors."""
+    k_tiles = bulk_tiles(k, keys, 1, split_width(k.shape[2]), bulk)
+    return k, v, *k_tiles, *bulk_tiles(v, keys, 1, split_width(v.shape[2]), bulk)
+
+
+def widths(groups: int, heads: int, dk: int, dv: int) -> dict[str, object]:
+    """Compile-time settings that all attention kernels take."""
+    (dk_head, dk_tail), (dv_head, dv_tail) = split_width(dk), split_width(dv)
+    return dict(
+        GROUPS=groups, HEADS=heads, DK=dk, DK_HEAD=dk_head, DK_TAIL=dk_tail, DV=dv, DV_HEAD=dv_head, DV_TAIL=dv_tail,
+        PRECISION=FLOAT32_PRODUCTS,
+    )  # fmt: skip
 
 
 def check_heads(num_heads: int, num_groups: int) -> int:
@@ -116,6 +149,17 @@ def load_wide(
 
 
 @triton.jit
+def load_bulk(tiles, tail_tiles, row, head, ROWS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
+    """Both column parts of the tile that starts at (row, head), its rows and heads flattened to ROWS, by the copy engine."""
+    first = tl.reshape(tiles.load([row, head, 0]), [ROWS, HEAD])
+    if TAIL > 0:
+        tail = tl.reshape(tail_tiles.load([row, head, HEAD]), [ROWS, TAIL])
+    else:
+        tail = 0.0
+    return first, tail
+
+
+@triton.jit
 def store_tile(
     base, offsets, keep, tile, FIRST: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, ACCUMULATE: tl.constexpr
 ):
@@ -149,7 +193,6 @@ def zeros_wide(ROWS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
 
 
 @triton.jit
-def load_lse(lse_ptr, offsets, keep):
-    """Row log-sum-exp in base 2 for the backward: +inf, which makes every probability 0, for rows that see or are nothing."""
-    lse = tl.load(lse_ptr + offsets, mask=keep, other=float("inf")) * LOG2_E
-    return tl.where(lse == float("-inf"), float("inf"), lse)
+def load_shift(shift_ptr, offsets, keep):
+    """Row shifts for the backward, in base 2: +inf, which makes every probability 0, for rows that are not kept."""
+    return tl.load(shift_ptr + offsets, mask=keep, other=float("inf")) * LOG2_E

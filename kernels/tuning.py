@@ -1,11 +1,12 @@
 """Static tile sizes: a table for each stage, by head width. Nothing is tuned at run time, so that all ranks agree.
 
-To retune, edit a row and measure. Rows are tried in order; the first whose ``width`` covers max(Dk, Dv) is taken.
+To retune, edit a row and measure. Rows ``(width, heads, shape)`` are tried in order; the first whose width covers max(Dk, Dv)
+and whose heads cover the heads of a group is taken.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -35,31 +36,61 @@ class TileConfig:
     def fitted(self, heads: int) -> TileConfig:
         """This shape with as many rows as the tokens of a tile need: more for very large groups, fewer for very small ones."""
         rows = max(16, 1 << (self.tokens(heads) * heads - 1).bit_length())
-        return self if rows == self.rows else TileConfig(rows, self.keys, self.num_warps, self.num_stages, self.max_tokens)
+        return replace(self, rows=rows)
 
 
-Table = tuple[tuple[int, TileConfig], ...]
+# Interval attention: up to so many keys a query the ends of the range matter more than its middle.
+SHORT_SPAN = 1024
+
+Table = tuple[tuple[int, int, TileConfig], ...]
+
+_ANY = 1 << 30
 
 # 16-bit inputs on Hopper (228 KiB of shared memory and 64 Ki registers a multiprocessor).
 _HOPPER: dict[str, Table] = {
-    "interval_forward": ((128, TileConfig(128, 128, 8, 3)), (192, TileConfig(128, 64, 8, 3)), (256, TileConfig(128, 64, 8, 2))),
-    "interval_dq": ((128, TileConfig(64, 64, 4, 2)), (192, TileConfig(128, 64, 8, 2)), (256, TileConfig(128, 32, 8, 2))),
-    "interval_dkv": ((128, TileConfig(64, 128, 8, 3)), (192, TileConfig(64, 64, 8, 2)), (256, TileConfig(32, 64, 8, 2))),
-    "selected_forward": ((128, TileConfig(64, 64, 4, 2, 16)), (256, TileConfig(64, 64, 4, 2, 16))),
-    "selected_dq": ((192, TileConfig(64, 64, 4, 2, 16)), (256, TileConfig(64, 64, 8, 2, 16))),
-    "selected_dkv": ((128, TileConfig(64, 64, 4, 3)), (256, TileConfig(32, 64, 8, 2))),
-    "selection_scores": ((128, TileConfig(128, 64, 4, 3, 32)), (256, TileConfig(64, 128, 8, 2, 32))),
+    "interval_forward": ((192, _ANY, TileConfig(128, 64, 8, 3)), (256, _ANY, TileConfig(128, 64, 8, 2))),
+    "short_forward": ((192, _ANY, TileConfig(64, 64, 4, 2)), (256, _ANY, TileConfig(64, 64, 8, 2))),
+    "interval_dq": (
+        (128, _ANY, TileConfig(128, 64, 8, 3)),
+        (192, _ANY, TileConfig(128, 64, 8, 2)),
+        (256, _ANY, TileConfig(128, 32, 8, 2)),
+    ),
+    "interval_dkv": (
+        (128, 8, TileConfig(64, 64, 4, 2)),
+        (128, _ANY, TileConfig(64, 128, 8, 3)),
+        (192, _ANY, TileConfig(32, 64, 4, 3)),
+        (256, _ANY, TileConfig(32, 64, 8, 2)),
+    ),
+    "selected_forward": ((128, _ANY, TileConfig(64, 64, 4, 3, 16)), (256, _ANY, TileConfig(64, 64, 4, 2, 16))),
+    "selected_dq": ((192, _ANY, TileConfig(64, 64, 4, 2, 16)), (256, _ANY, TileConfig(64, 64, 8, 2, 16))),
+    "query_gradients": (
+        (128, _ANY, TileConfig(64, 64, 4, 2, 16)),
+        (192, _ANY, TileConfig(64, 32, 4, 3, 16)),
+        (256, _ANY, TileConfig(64, 32, 8, 2, 16)),
+    ),
+    "selected_dkv": (
+        (128, _ANY, TileConfig(32, 64, 4, 3)),
+        (192, _ANY, TileConfig(16, 64, 4, 3)),
+        (256, _ANY, TileConfig(32, 64, 8, 2)),
+    ),
+    "selection_scores": (
+        (128, _ANY, TileConfig(128, 64, 4, 3, 32)),
+        (192, _ANY, TileConfig(128, 64, 4, 2, 32)),
+        (256, _ANY, TileConfig(64, 128, 8, 2, 32)),
+    ),
 }
 
 # Everything else: other architectures, and float32 inputs, whose tiles take twice the room.
 _SMALL: dict[str, Table] = {
-    "interval_forward": ((64, TileConfig(64, 32, 4, 2)), (256, TileConfig(32, 32, 4, 1))),
-    "interval_dq": ((64, TileConfig(64, 32, 4, 1)), (256, TileConfig(32, 32, 4, 1))),
-    "interval_dkv": ((64, TileConfig(32, 32, 4, 1)), (256, TileConfig(32, 32, 4, 1))),
-    "selected_forward": ((64, TileConfig(64, 32, 4, 2, 16)), (256, TileConfig(32, 32, 4, 1, 16))),
-    "selected_dq": ((64, TileConfig(64, 32, 4, 1, 16)), (256, TileConfig(32, 32, 4, 1, 16))),
-    "selected_dkv": ((64, TileConfig(32, 32, 4, 1)), (256, TileConfig(32, 32, 4, 1))),
-    "selection_scores": ((64, TileConfig(64, 64, 4, 1, 32)), (256, TileConfig(32, 64, 4, 1, 32))),
+    "interval_forward": ((64, _ANY, TileConfig(64, 32, 4, 2)), (256, _ANY, TileConfig(32, 32, 4, 1))),
+    "short_forward": ((64, _ANY, TileConfig(64, 32, 4, 2)), (256, _ANY, TileConfig(32, 32, 4, 1))),
+    "interval_dq": ((64, _ANY, TileConfig(64, 32, 4, 1)), (256, _ANY, TileConfig(32, 32, 4, 1))),
+    "interval_dkv": ((64, _ANY, TileConfig(32, 32, 4, 1)), (256, _ANY, TileConfig(32, 32, 4, 1))),
+    "selected_forward": ((64, _ANY, TileConfig(64, 32, 4, 2, 16)), (256, _ANY, TileConfig(32, 32, 4, 1, 16))),
+    "selected_dq": ((64, _ANY, TileConfig(64, 32, 4, 1, 16)), (256, _ANY, TileConfig(32, 32, 4, 1, 16))),
+    "query_gradients": ((64, _ANY, TileConfig(64, 32, 4, 1, 16)), (256, _ANY, TileConfig(32, 32, 4, 1, 16))),
+    "selected_dkv": ((64, _ANY, TileConfig(32, 32, 4, 1)), (256, _ANY, TileConfig(32, 32, 4, 1))),
+    "selection_scores": ((64, _ANY, TileConfig(64, 64, 4, 1, 32)), (256, _ANY, TileConfig(32, 64, 4, 1, 32))),
 }
 
 
@@ -77,7 +108,7 @@ def tile_config(stage: str, dtype: torch.dtype, device: torch.device, heads: int
     """
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
     table = (_HOPPER if hopper and dtype.itemsize == 2 else _SMALL)[stage]
-    for limit, config in table:
-        if width <= limit:
+    for most_channels, most_heads, config in table:
+        if width <= most_channels and heads <= most_heads:
             return config.fitted(heads)
     raise ValueError(f"heads of {width} channels are wider than the {table[-1][0]} that the kernels support")

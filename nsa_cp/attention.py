@@ -16,11 +16,14 @@ from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 
 from nsa_cp.config import Backend, NSAConfig, RotaryConfig
-from nsa_cp.context_parallel import SequenceLayout, agree_once, check_group, exchange_halo, gather_rows
+from nsa_cp.context_parallel import SequenceLayout, check_group, exchange_halo, gather_rows, start_agreement
+from nsa_cp.context_parallel.agreement import Agreement, NoAgreement
 from nsa_cp.ops import initial_compressor_weights, native_sparse_attention
 from nsa_cp.ops.checks import check_heads, check_rows
 from nsa_cp.ops.dispatch import accumulator_dtype, resolve_backend
-from nsa_cp.ops.plan import get_layout_plan, get_plan, get_window_plan
+from nsa_cp.ops.plan import get_layout_plan, get_window_plan
+from nsa_cp.ops.recompute import recall_selection, remember_selection
+from nsa_cp.ops.remote_blocks import remote_blocks
 from nsa_cp.ops.rope import apply_rope, rotary_tables
 from nsa_cp.ops.stages import IntervalAttention
 
@@ -73,7 +76,8 @@ class NativeSparseAttention(nn.Module):
 
     Attributes:
         last_metrics: detached scalars on the device, of the last forward: ``remote_block_fraction`` (chosen blocks with rows
-            of another rank), ``gate_compressed``, ``gate_selected``, ``gate_window`` (means).
+            of another rank), ``remote_blocks_needed`` (blocks with rows of another rank that some local query chose; both see
+            ``remote_blocks``), ``gate_compressed``, ``gate_selected``, ``gate_window`` (means).
         record_selection: set it to keep ``last_selection`` (int32 [T, G, n]) and ``last_gates`` [T, N or 1, 3].
 
     Raises:
@@ -133,19 +137,19 @@ class NativeSparseAttention(nn.Module):
         gates = gate_logits.sigmoid()
         result = native_sparse_attention(
             q, k, v, gates, self.k_compressor.weights, self.v_compressor.weights, self.config,
-            rotary=self.rotary, layout=layout, group=self.cp_group,
+            rotary=self.rotary, layout=layout, group=self.cp_group, blocks=recall_selection(),
         )  # fmt: skip
+        remember_selection(result.blocks)
         self._record(result.blocks, gates.detach(), layout)
         return result.out
 
     @torch.no_grad()
     def _record(self, blocks: torch.Tensor, gates: torch.Tensor, layout: SequenceLayout) -> None:
-        plan = get_plan(layout, self.config, blocks.device)
-        chosen = blocks >= 0
-        remote = plan.block_is_remote[(blocks.clamp(min=0) + plan.block_base[:, None, None]).long()] & chosen
+        remote = remote_blocks(blocks, layout, self.config)
         means = gates.float().mean((0, 1))
         self.last_metrics = {
-            "remote_block_fraction": remote.sum() / chosen.sum().clamp(min=1),
+            "remote_block_fraction": remote.chosen,
+            "remote_blocks_needed": remote.needed,
             "gate_compressed": means[0],
             "gate_selected": means[1],
             "gate_window": means[2],
@@ -174,7 +178,7 @@ def full_attention(
     Raises:
         ValueError: inputs that do not fit together or to the layout.
     """
-    _check(q, k, v, layout, cp_group)
+    agreement = _check(q, k, v, layout, cp_group)
     plan = get_layout_plan(layout, q.device)
     q, k = _rotate(q, k, layout, rotary)
     k, v = gather_rows([k, v], plan.row_partition, cp_group)
@@ -186,6 +190,7 @@ def full_attention(
         _causal_sdpa(rows, k_documents[document][:seen], v_documents[document][:seen])
         for rows, (_, document, seen) in zip(q.split([count for count, _, _ in runs]), runs, strict=True)
     ]
+    agreement.confirm()
     # A rank without rows stays in the graph: its part of the gradients' reduce-scatter must run.
     return torch.cat([*outs, v[:0].repeat_interleave(q.shape[1] // k.shape[1], 1)])
 
@@ -212,20 +217,25 @@ def sliding_window_attention(
     Raises:
         ValueError: inputs that do not fit together or to the layout, an empty window, or a backend that cannot run here.
     """
-    _check(q, k, v, layout, cp_group)
     if window_size < 1:
         raise ValueError(f"window_size = {window_size} leaves nothing to attend to; use at least 1")
+    agreement = _check(q, k, v, layout, cp_group)
     q, k = _rotate(q, k, layout, rotary)
     halo, intervals = get_window_plan(layout, window_size, q.device)
     k, v = exchange_halo([k, v], halo, cp_group)
-    return IntervalAttention.apply(q, k, v, intervals, resolve_backend(backend, q, v))[0]
+    out = IntervalAttention.apply(q, k, v, intervals, resolve_backend(backend, q, v))[0]
+    agreement.confirm()
+    return out
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout, group: dist.ProcessGroup | None) -> None:
+def _check(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout, group: dist.ProcessGroup | None
+) -> Agreement | NoAgreement:
     check_heads(q, k, v)
     check_rows(q=q, k=k, v=v, expected=layout.num_local_tokens)
     check_group(layout, group)
-    agree_once(get_layout_plan(layout, q.device).agreed, layout, (*q.shape[1:], *v.shape[1:], q.dtype), group, q.device)
+    facts = (*q.shape[1:], *v.shape[1:], q.dtype)
+    return start_agreement(get_layout_plan(layout, q.device).agreed, layout, facts, group, q.device)
 
 
 def _rotate(

@@ -13,10 +13,12 @@ from ..common import (
     FLOAT32_PRODUCTS,
     INT_MAX,
     LOG2_E,
+    bulk_tiles,
     channels_last,
     check_heads,
+    copies_in_bulk,
     dot_wide,
-    load_lse,
+    load_bulk,
     load_wide,
     split_width,
 )
@@ -38,11 +40,11 @@ def _overlap(offset, PIECES: tl.constexpr, PER_BLOCK: tl.constexpr):
 
 @triton.jit
 def _score_blocks(
-    first, last, carry, q, q_tail, lse, cmp_end, base, key_stop, scale_log2, out_row, out_keep, own_block,
-    k_ptr, scores_ptr, k_stride_c,
+    first, last, carry, q, q_tail, lse, cmp_end, base, key_stop, scale_log2, out_row, out_keep, own_block, group,
+    k_ptr, k_tiles, k_tail_tiles, scores_ptr, k_stride_c,
     DK: tl.constexpr, DK_HEAD: tl.constexpr, DK_TAIL: tl.constexpr,
     TOKENS: tl.constexpr, PADDED_HEADS: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr,
-    PIECES: tl.constexpr, PER_BLOCK: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    PIECES: tl.constexpr, PER_BLOCK: tl.constexpr, MASKED: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores of the block tiles ``first .. last`` of one document, whose compressed tokens start at row ``base``.
 
@@ -58,7 +60,11 @@ def _score_blocks(
     for tile in tl.range(first, last):
         key = base + (tile * BLOCKS + slot // PADDED) * PER_BLOCK + within
         keep = key < key_stop
-        k, k_tail = load_wide(k_ptr, key.to(tl.int64) * k_stride_c, keep, DK_HEAD, DK_TAIL, DK, MASKED or PADDED > PER_BLOCK)
+        if BULK:
+            k, k_tail = load_bulk(k_tiles, k_tail_tiles, base + tile * KEYS, group, KEYS, DK_HEAD, DK_TAIL)
+        else:
+            cut: tl.constexpr = MASKED or PADDED > PER_BLOCK
+            k, k_tail = load_wide(k_ptr, key.to(tl.int64) * k_stride_c, keep, DK_HEAD, DK_TAIL, DK, cut)
         p = tl.exp2(dot_wide(k, k_tail, q, q_tail, DK_TAIL, PRECISION) * scale_log2 - lse[None, :])
         if MASKED:
             p = tl.where(key[:, None] < cmp_end[None, :], p, 0.0)
@@ -77,12 +83,13 @@ def _score_blocks(
 
 @triton.jit(do_not_specialize=["first_token", "last_token", "max_blocks"])
 def block_scores_kernel(
-    q_ptr, k_ptr, lse_ptr, cmp_begin_ptr, cmp_end_ptr, position_ptr, scores_ptr,
+    q_ptr, k_ptr, k_tiles, k_tail_tiles, lse_ptr, cmp_begin_ptr, cmp_end_ptr, position_ptr, scores_ptr,
     q_stride_t, q_stride_h, k_stride_c, k_stride_g, first_token, last_token, max_blocks, scale_log2,
     GROUPS: tl.constexpr, HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr,
     DK: tl.constexpr, DK_HEAD: tl.constexpr, DK_TAIL: tl.constexpr,
     TOKENS: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr,
-    PIECES: tl.constexpr, PER_BLOCK: tl.constexpr, SELECT_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    PIECES: tl.constexpr, PER_BLOCK: tl.constexpr, SELECT_BLOCK: tl.constexpr,
+    BULK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: the scores of TOKENS queries and one group against every block they may choose.
 
@@ -100,7 +107,9 @@ def block_scores_kernel(
     head = (group * HEADS + head).to(tl.int64)
     place = token.to(tl.int64)
     q, q_tail = load_wide(q_ptr, place * q_stride_t + head * q_stride_h, valid, DK_HEAD, DK_TAIL, DK, False)
-    lse = load_lse(lse_ptr, place * (GROUPS * HEADS) + head, valid)
+    # +inf makes every probability 0, for rows that see or are nothing.
+    lse = tl.load(lse_ptr + place * (GROUPS * HEADS) + head, mask=valid, other=float("inf")) * LOG2_E
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)
     row_begin = tl.load(cmp_begin_ptr + token)
     row_end = tl.load(cmp_end_ptr + token)
 
@@ -124,13 +133,13 @@ def block_scores_kernel(
         carry = tl.zeros([TOKENS], dtype=tl.float32)
         carry = _score_blocks(
             0, full_tiles, carry, q, q_tail, here_lse, row_end, base, key_stop, scale_log2, out_row, out_keep, own_block,
-            k_ptr, scores_ptr, k_stride_c, DK, DK_HEAD, DK_TAIL,
-            TOKENS, PADDED_HEADS, BLOCKS, PADDED, PIECES, PER_BLOCK, False, PRECISION,
+            group, k_ptr, k_tiles, k_tail_tiles, scores_ptr, k_stride_c, DK, DK_HEAD, DK_TAIL,
+            TOKENS, PADDED_HEADS, BLOCKS, PADDED, PIECES, PER_BLOCK, False, BULK, PRECISION,
         )  # fmt: skip
         _score_blocks(
             full_tiles, tiles, carry, q, q_tail, here_lse, row_end, base, key_stop, scale_log2, out_row, out_keep, own_block,
-            k_ptr, scores_ptr, k_stride_c, DK, DK_HEAD, DK_TAIL,
-            TOKENS, PADDED_HEADS, BLOCKS, PADDED, PIECES, PER_BLOCK, True, PRECISION,
+            group, k_ptr, k_tiles, k_tail_tiles, scores_ptr, k_stride_c, DK, DK_HEAD, DK_TAIL,
+            TOKENS, PADDED_HEADS, BLOCKS, PADDED, PIECES, PER_BLOCK, True, False, PRECISION,
         )  # fmt: skip
         base = tl.min(tl.where(begin > base, begin, INT_MAX), 0)
 
@@ -195,6 +204,7 @@ def select_blocks_forward(
     *,
     config: TileConfig | None = None,
     score_bytes: int = SCORE_BYTES,
+    bulk: bool | None = None,
 ) -> torch.Tensor:
     """The n blocks each query attends to, one choice for all heads of a group.
 
@@ -211,6 +221,7 @@ def select_blocks_forward(
         max_blocks: at least the blocks that any query sees, ``position // l' + 1``.
         config: tile shape instead of the table's.
         score_bytes: budget of the scores held at once.
+        bulk: fetch keys by the copy engine, instead of where it can.
 
     Returns:
         int32 [T, G, n], block numbers within the query's document, ascending, padded with -1.
@@ -235,6 +246,10 @@ def select_blocks_forward(
     padded = triton.next_power_of_2(per_block)
     head, tail = split_width(width)
     q, k_cmp, lse = channels_last(q), channels_last(k_cmp), lse.contiguous()
+    blocks_at_once = max(1, config.keys // padded)
+    # Blocks whose compressed tokens are a power of two stand in a tile as they stand in memory.
+    bulk = padded == per_block and (copies_in_bulk(k_cmp) and k_cmp.shape[0] > 0 if bulk is None else bulk)
+    k_tiles = bulk_tiles(k_cmp, blocks_at_once * padded, 1, (head, tail), bulk)
     tile_tokens = config.tokens(padded_heads)
     chunk = max(tile_tokens, score_bytes // (4 * groups * max_blocks) // tile_tokens * tile_tokens)
     scores = torch.empty(min(chunk, tokens), groups, max_blocks, dtype=torch.float32, device=q.device)
@@ -242,12 +257,12 @@ def select_blocks_forward(
     for first in range(0, tokens, chunk):
         last = min(first + chunk, tokens)
         block_scores_kernel[(triton.cdiv(last - first, tile_tokens) * groups,)](
-            q, k_cmp, lse, cmp_begin, cmp_end, position, scores,
+            q, k_cmp, *k_tiles, lse, cmp_begin, cmp_end, position, scores,
             *q.stride()[:2], *k_cmp.stride()[:2], first, last, max_blocks, scale * LOG2_E.value,
             GROUPS=groups, HEADS=heads, PADDED_HEADS=padded_heads, DK=width, DK_HEAD=head, DK_TAIL=tail,
-            TOKENS=tile_tokens, BLOCKS=max(1, config.keys // padded), PADDED=padded,
+            TOKENS=tile_tokens, BLOCKS=blocks_at_once, PADDED=padded,
             PIECES=compress_block_size // compress_stride, PER_BLOCK=per_block, SELECT_BLOCK=select_block_size,
-            PRECISION=FLOAT32_PRODUCTS, num_warps=config.num_warps, num_stages=config.num_stages,
+            BULK=bulk, PRECISION=FLOAT32_PRODUCTS, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         top_blocks_kernel[((last - first) * groups,)](
             scores, position, chosen, first, max_blocks,

@@ -11,20 +11,22 @@ import triton
 import triton.language as tl
 
 from ..common import (
-    FLOAT32_PRODUCTS,
     INT_MAX,
     LN_2,
     LOG2_E,
     channels_last,
     check_heads,
+    copies_in_bulk,
     dot_wide,
+    key_arguments,
+    load_bulk,
     load_wide,
-    split_width,
     store_tile,
     tile_rows,
+    widths,
     zeros_wide,
 )
-from ..tuning import TileConfig, tile_config
+from ..tuning import SHORT_SPAN, TileConfig, tile_config
 
 
 @triton.jit
@@ -44,47 +46,81 @@ def key_ranges(begin, end, KEYS: tl.constexpr):
 
 
 @triton.jit
-def _attend(
+def softmax_step(scores, top, total, scale_log2, MASKED: tl.constexpr):
+    """One step of the online softmax: (p, shrink, top, total), p by the new maximum, shrink the old one's factor."""
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)
+    # A row that has seen nothing yet keeps the maximum -inf; measuring from 0 then gives exp2(-inf) = 0, not NaN.
+    reference = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
+    p = tl.exp2(scores * scale_log2 - reference[:, None])
+    shrink = tl.exp2(top - reference)
+    return p, shrink, new_top, total * shrink + tl.sum(p, 1)
+
+
+@triton.jit
+def add_values(acc, acc_tail, shrink, p, v, v_tail, DV_TAIL: tl.constexpr, PRECISION: tl.constexpr):
+    """acc * shrink + p v over both column parts."""
+    acc = tl.dot(p, v, acc * shrink[:, None], input_precision=PRECISION)
+    if DV_TAIL > 0:
+        acc_tail = tl.dot(p, v_tail, acc_tail * shrink[:, None], input_precision=PRECISION)
+    return acc, acc_tail
+
+
+@triton.jit
+def _attend_masked(
     first, last, acc, acc_tail, top, total, q, q_tail, begin, end, start, stop, scale_log2,
     k_ptr, v_ptr, k_stride_m, v_stride_m,
     DK: tl.constexpr, DK_HEAD: tl.constexpr, DK_TAIL: tl.constexpr,
     DV: tl.constexpr, DV_HEAD: tl.constexpr, DV_TAIL: tl.constexpr,
-    KEYS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the key tiles of ``first .. last``; ``top`` and ``total`` are the running maximum and sum."""
+    """Key tiles ``first .. last``, of which some rows see a part; ``top`` and ``total`` are the running maximum and sum."""
     for tile in tl.range(first, last, KEYS):
         key = tile + tl.arange(0, KEYS)
         offset = key.to(tl.int64)
         keep = (key >= start) & (key < stop)
-        k, k_tail = load_wide(k_ptr, offset * k_stride_m, keep, DK_HEAD, DK_TAIL, DK, MASKED)
-        v, v_tail = load_wide(v_ptr, offset * v_stride_m, keep, DV_HEAD, DV_TAIL, DV, MASKED)
+        k, k_tail = load_wide(k_ptr, offset * k_stride_m, keep, DK_HEAD, DK_TAIL, DK, True)
+        v, v_tail = load_wide(v_ptr, offset * v_stride_m, keep, DV_HEAD, DV_TAIL, DV, True)
+        visible = (key[None, :] >= begin[:, None]) & (key[None, :] < end[:, None])
+        scores = tl.where(visible, dot_wide(q, q_tail, k, k_tail, DK_TAIL, PRECISION), float("-inf"))
+        p, shrink, top, total = softmax_step(scores, top, total, scale_log2, True)
+        acc, acc_tail = add_values(acc, acc_tail, shrink, p.to(v.dtype), v, v_tail, DV_TAIL, PRECISION)
+    return acc, acc_tail, top, total
+
+
+@triton.jit
+def _attend_full(
+    first, last, acc, acc_tail, top, total, q, q_tail, group, scale_log2,
+    k_ptr, v_ptr, k_stride_m, v_stride_m, k_tiles, k_tail_tiles, v_tiles, v_tail_tiles,
+    DK: tl.constexpr, DK_HEAD: tl.constexpr, DK_TAIL: tl.constexpr,
+    DV: tl.constexpr, DV_HEAD: tl.constexpr, DV_TAIL: tl.constexpr,
+    KEYS: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Key tiles ``first .. last``, which all rows see whole."""
+    place = tl.arange(0, KEYS)
+    for tile in tl.range(first, last, KEYS):
+        if BULK:
+            k, k_tail = load_bulk(k_tiles, k_tail_tiles, tile, group, KEYS, DK_HEAD, DK_TAIL)
+            v, v_tail = load_bulk(v_tiles, v_tail_tiles, tile, group, KEYS, DV_HEAD, DV_TAIL)
+        else:
+            offset = (tile + place).to(tl.int64)
+            k, k_tail = load_wide(k_ptr, offset * k_stride_m, place, DK_HEAD, DK_TAIL, DK, False)
+            v, v_tail = load_wide(v_ptr, offset * v_stride_m, place, DV_HEAD, DV_TAIL, DV, False)
         scores = dot_wide(q, q_tail, k, k_tail, DK_TAIL, PRECISION)
-        if MASKED:
-            visible = (key[None, :] >= begin[:, None]) & (key[None, :] < end[:, None])
-            scores = tl.where(visible, scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)
-        # A row that has seen nothing yet keeps the maximum -inf; measuring from 0 then gives exp2(-inf) = 0, not NaN.
-        reference = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
-        p = tl.exp2(scores * scale_log2 - reference[:, None])
-        shrink = tl.exp2(top - reference)
-        total = total * shrink + tl.sum(p, 1)
-        p = p.to(v.dtype)
-        acc = tl.dot(p, v, acc * shrink[:, None], input_precision=PRECISION)
-        if DV_TAIL > 0:
-            acc_tail = tl.dot(p, v_tail, acc_tail * shrink[:, None], input_precision=PRECISION)
-        top = new_top
+        p, shrink, top, total = softmax_step(scores, top, total, scale_log2, False)
+        acc, acc_tail = add_values(acc, acc_tail, shrink, p.to(v.dtype), v, v_tail, DV_TAIL, PRECISION)
     return acc, acc_tail, top, total
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def interval_attention_forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, begin_ptr, end_ptr,
+    q_ptr, k_ptr, v_ptr, k_tiles, k_tail_tiles, v_tiles, v_tail_tiles, out_ptr, lse_ptr, begin_ptr, end_ptr,
     q_stride_t, q_stride_h, k_stride_m, k_stride_g, v_stride_m, v_stride_g, out_stride_t, out_stride_h,
     num_tokens, scale_log2,
     GROUPS: tl.constexpr, HEADS: tl.constexpr,
     DK: tl.constexpr, DK_HEAD: tl.constexpr, DK_TAIL: tl.constexpr,
     DV: tl.constexpr, DV_HEAD: tl.constexpr, DV_TAIL: tl.constexpr,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    BULK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one query tile of one group. Late tiles, which see most in causal attention, start first."""
     group = tl.program_id(0) % GROUPS
@@ -101,17 +137,18 @@ def interval_attention_forward_kernel(
     total = tl.zeros([ROWS], dtype=tl.float32)
     k_ptr += group.to(tl.int64) * k_stride_g
     v_ptr += group.to(tl.int64) * v_stride_g
-    acc, acc_tail, top, total = _attend(
+    acc, acc_tail, top, total = _attend_masked(
         first, full_first, acc, acc_tail, top, total, q, q_tail, begin, end, start, stop, scale_log2,
-        k_ptr, v_ptr, k_stride_m, v_stride_m, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, KEYS, True, PRECISION,
+        k_ptr, v_ptr, k_stride_m, v_stride_m, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, KEYS, PRECISION,
     )  # fmt: skip
-    acc, acc_tail, top, total = _attend(
-        full_first, full_last, acc, acc_tail, top, total, q, q_tail, begin, end, start, stop, scale_log2,
-        k_ptr, v_ptr, k_stride_m, v_stride_m, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, KEYS, False, PRECISION,
+    acc, acc_tail, top, total = _attend_full(
+        full_first, full_last, acc, acc_tail, top, total, q, q_tail, group, scale_log2,
+        k_ptr, v_ptr, k_stride_m, v_stride_m, k_tiles, k_tail_tiles, v_tiles, v_tail_tiles,
+        DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, KEYS, BULK, PRECISION,
     )  # fmt: skip
-    acc, acc_tail, top, total = _attend(
+    acc, acc_tail, top, total = _attend_masked(
         full_last, stop, acc, acc_tail, top, total, q, q_tail, begin, end, start, stop, scale_log2,
-        k_ptr, v_ptr, k_stride_m, v_stride_m, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, KEYS, True, PRECISION,
+        k_ptr, v_ptr, k_stride_m, v_stride_m, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, KEYS, PRECISION,
     )  # fmt: skip
 
     finish_rows(
@@ -143,7 +180,9 @@ def interval_attention_forward(
     end: torch.Tensor,
     scale: float,
     *,
+    span: int = 1 << 30,
     config: TileConfig | None = None,
+    bulk: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(scale * q k^T) v over each query's own range of key rows.
 
@@ -153,7 +192,10 @@ def interval_attention_forward(
         begin, end: int32 [T], query row t sees key rows ``begin[t] .. end[t]``, half open, none if ``begin[t] >= end[t]``.
             Any values within 0 .. M are right; ranges of neighbouring rows that overlap are fast.
         scale: positive factor of the scores.
+        span: at most so many keys are seen by a query: short ranges take smaller tiles. Only a hint, but one that must not
+            differ between ranks, since results depend on the tile shape in their last bits.
         config: tile shape instead of the table's.
+        bulk: fetch keys and values by the copy engine, instead of where it can.
 
     Returns:
         ``out`` [T, N, Dv] in the dtype of q and ``lse`` float32 [T, N], natural logarithm; 0 and -inf where nothing is seen.
@@ -170,16 +212,14 @@ def interval_attention_forward(
     lse = torch.empty(tokens, num_heads, dtype=torch.float32, device=q.device)
     if tokens == 0:
         return out, lse
-    config = config or tile_config("interval_forward", q.dtype, q.device, heads, max(dk, dv))
+    config = config or tile_config("short_forward" if span <= SHORT_SPAN else "interval_forward", q.dtype, q.device, heads, max(dk, dv))
     q, k, v = channels_last(q), channels_last(k), channels_last(v)
-    (dk_head, dk_tail), (dv_head, dv_tail) = split_width(dk), split_width(dv)
+    bulk = copies_in_bulk(k, v) if bulk is None else bulk
     tile_tokens = config.tokens(heads)
     interval_attention_forward_kernel[(triton.cdiv(tokens, tile_tokens) * groups,)](
-        q, k, v, out, lse, begin, end,
-        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2],
-        tokens, scale * LOG2_E.value,
-        GROUPS=groups, HEADS=heads, DK=dk, DK_HEAD=dk_head, DK_TAIL=dk_tail, DV=dv, DV_HEAD=dv_head, DV_TAIL=dv_tail,
-        TOKENS=tile_tokens, ROWS=config.rows, KEYS=config.keys, PRECISION=FLOAT32_PRODUCTS,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        q, *key_arguments(k, v, config.keys, bulk), out, lse, begin, end,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], tokens, scale * LOG2_E.value,
+        TOKENS=tile_tokens, ROWS=config.rows, KEYS=config.keys, BULK=bulk,
+        **widths(groups, heads, dk, dv), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out, lse

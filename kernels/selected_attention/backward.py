@@ -2,7 +2,7 @@
 
 No atomics. The list of a block's queries is cut into work items of bounded length, because a forced block is chosen by every
 later query and would alone take as long as all others. A list of one item is written at once; the partial sums of longer ones
-go to a workspace and are added in list order, so that the same inputs give the same bits.
+go to a workspace and are added in list order, so that the same inputs give the same bits. Gates: see interval attention.
 """
 
 from __future__ import annotations
@@ -12,24 +12,31 @@ import triton
 import triton.language as tl
 
 from ..common import (
-    FLOAT32_PRODUCTS,
     LOG2_E,
     accumulator,
     channels_last,
     check_heads,
-    dot_wide,
-    gate_arguments,
-    load_lse,
+    copies_in_bulk,
+    key_arguments,
+    load_bulk,
+    load_shift,
     load_tile,
     load_wide,
-    split_width,
     store_tile,
-    tile_rows,
+    widths,
     zeros_wide,
 )
-from ..interval_attention.backward import add_queries
+from ..interval_attention.backward import (
+    add_queries,
+    add_score_gradients,
+    load_queries,
+    query_tile,
+    score_gradients,
+    store_dkv,
+    store_dq,
+)
 from ..tuning import TileConfig, tile_config
-from .forward import block_steps, union_entry
+from .forward import block_steps, entry_keys, entry_row, load_entry, union_steps
 from .unions import Unions, Visitors, build_unions, find_visitors
 
 # Bytes of partial sums held at once: the groups are taken in as many passes as that needs.
@@ -38,119 +45,132 @@ _WORKSPACE_BYTES = 256 << 20
 
 @triton.jit
 def _dq_steps(
-    first, last, dq, dq_tail, q, q_tail, do, do_tail, lse, delta, gate, bit, limit, num_keys, scale_log2,
-    starts_ptr, chosen_ptr, k_ptr, v_ptr, k_stride_s, v_stride_s,
+    first, last, steps, dq, dq_tail, q, q_tail, do, do_tail, shift, delta, bit, limit, group, num_keys, scale_log2,
+    entries_ptr, k_ptr, v_ptr, k_stride_s, v_stride_s, k_tiles, k_tail_tiles, v_tiles, v_tail_tiles,
     DK: tl.constexpr, DK_HEAD: tl.constexpr, DK_TAIL: tl.constexpr,
     DV: tl.constexpr, DV_HEAD: tl.constexpr, DV_TAIL: tl.constexpr,
     BLOCK: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
-    MASKED: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add steps ``first .. last`` of the union to dq, which still lacks the factor scale."""
     CUT: tl.constexpr = MASKED or PARTS * KEYS > BLOCK
+    entry = load_entry(entries_ptr, first, steps, PARTS)
     for step in tl.range(first, last):
-        key, keep, picked, visible = union_entry(
-            step, starts_ptr, chosen_ptr, bit, limit, num_keys, BLOCK, KEYS, PARTS, MASKED
+        following = load_entry(entries_ptr, step + 1, steps, PARTS)
+        row = entry_row(entry, step, KEYS, PARTS)
+        picked = ((entry >> bit) & 1) != 0
+        key, keep = entry_keys(row, step, num_keys, BLOCK, KEYS, PARTS, MASKED)
+        if BULK:
+            k, k_tail = load_bulk(k_tiles, k_tail_tiles, row, group, KEYS, DK_HEAD, DK_TAIL)
+            v, v_tail = load_bulk(v_tiles, v_tail_tiles, row, group, KEYS, DV_HEAD, DV_TAIL)
+        else:
+            k, k_tail = load_wide(k_ptr, key.to(tl.int64) * k_stride_s, keep, DK_HEAD, DK_TAIL, DK, CUT)
+            v, v_tail = load_wide(v_ptr, key.to(tl.int64) * v_stride_s, keep, DV_HEAD, DV_TAIL, DV, CUT)
+        chosen_shift = tl.where(picked, shift, float("inf"))
+        ds = score_gradients(
+            q, q_tail, do, do_tail, k, k_tail, v, v_tail, chosen_shift, delta, scale_log2, DK_TAIL, DV_TAIL, PRECISION
         )
-        k, k_tail = load_wide(k_ptr, key * k_stride_s, keep, DK_HEAD, DK_TAIL, DK, CUT)
-        v, v_tail = load_wide(v_ptr, key * v_stride_s, keep, DV_HEAD, DV_TAIL, DV, CUT)
-        reference = tl.where(picked, lse, float("inf"))
-        p = tl.exp2(dot_wide(q, q_tail, k, k_tail, DK_TAIL, PRECISION) * scale_log2 - reference[:, None])
-        if CUT:
-            p = tl.where(visible, p, 0.0)
-        dp = dot_wide(do, do_tail, v, v_tail, DV_TAIL, PRECISION)
-        if GATED:
-            dp = dp * gate[:, None]
-        ds = (p * (dp - delta[:, None])).to(k.dtype)
-        dq = tl.dot(ds, k, dq, input_precision=PRECISION)
-        if DK_TAIL > 0:
-            dq_tail = tl.dot(ds, k_tail, dq_tail, input_precision=PRECISION)
+        if MASKED:
+            ds = tl.where((key[None, :] <= limit[:, None]) & keep[None, :], ds, 0.0)
+        elif CUT:
+            ds = tl.where(keep[None, :], ds, 0.0)
+        dq, dq_tail = add_score_gradients(dq, dq_tail, ds, k, k_tail, DK_TAIL, PRECISION)
+        entry = following
     return dq, dq_tail
+
+
+@triton.jit
+def add_selected_dq(
+    dq, dq_tail, q, q_tail, do, do_tail, tile, token, head, valid, group, num_keys, scale_log2,
+    k_ptr, v_ptr, k_tiles, k_tail_tiles, v_tiles, v_tail_tiles, k_stride_s, k_stride_g, v_stride_s, v_stride_g,
+    shift_ptr, delta_ptr, entries_ptr, counts_ptr, position_ptr, key_start_ptr,
+    GROUPS: tl.constexpr, HEADS: tl.constexpr, DK: tl.constexpr, DK_HEAD: tl.constexpr, DK_TAIL: tl.constexpr,
+    DV: tl.constexpr, DV_HEAD: tl.constexpr, DV_TAIL: tl.constexpr,
+    ENTRIES: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr, TOKENS: tl.constexpr,
+    BULK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A query tile's dq (which still lacks the factor scale) with the blocks that its tokens chose added."""
+    stats = token.to(tl.int64) * (GROUPS * HEADS) + head
+    shift = load_shift(shift_ptr, stats, valid)
+    delta = tl.load(delta_ptr + stats)
+    limit = tl.load(key_start_ptr + token) + tl.load(position_ptr + token)
+    entries_ptr, steps, full_steps = union_steps(entries_ptr, counts_ptr, tile, group, GROUPS, ENTRIES, PARTS)
+    bit = token - tile * TOKENS
+    k_ptr += group.to(tl.int64) * k_stride_g
+    v_ptr += group.to(tl.int64) * v_stride_g
+    dq, dq_tail = _dq_steps(
+        0, full_steps, steps, dq, dq_tail, q, q_tail, do, do_tail, shift, delta, bit, limit, group, num_keys, scale_log2,
+        entries_ptr, k_ptr, v_ptr, k_stride_s, v_stride_s, k_tiles, k_tail_tiles, v_tiles, v_tail_tiles,
+        DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, BLOCK, KEYS, PARTS, False, BULK, PRECISION,
+    )  # fmt: skip
+    return _dq_steps(
+        full_steps, steps, steps, dq, dq_tail, q, q_tail, do, do_tail, shift, delta, bit, limit, group, num_keys, scale_log2,
+        entries_ptr, k_ptr, v_ptr, k_stride_s, v_stride_s, k_tiles, k_tail_tiles, v_tiles, v_tail_tiles,
+        DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, BLOCK, KEYS, PARTS, True, False, PRECISION,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_keys"])
 def selected_attention_backward_dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, gate_ptr, dq_ptr,
-    starts_ptr, chosen_ptr, counts_ptr, position_ptr, key_start_ptr,
-    q_stride_t, q_stride_h, k_stride_s, k_stride_g, v_stride_s, v_stride_g,
-    do_stride_t, do_stride_h, gate_stride_t, gate_stride_h, dq_stride_t, dq_stride_h,
-    num_tokens, num_keys, scale, scale_log2,
+    q_ptr, do_ptr, dq_ptr, k_ptr, v_ptr, k_tiles, k_tail_tiles, v_tiles, v_tail_tiles, shift_ptr, delta_ptr,
+    entries_ptr, counts_ptr, position_ptr, key_start_ptr,
+    q_stride_t, q_stride_h, do_stride_t, do_stride_h, dq_stride_t, dq_stride_h,
+    k_stride_s, k_stride_g, v_stride_s, v_stride_g, num_tokens, num_keys, scale, scale_log2,
     GROUPS: tl.constexpr, HEADS: tl.constexpr,
     DK: tl.constexpr, DK_HEAD: tl.constexpr, DK_TAIL: tl.constexpr,
     DV: tl.constexpr, DV_HEAD: tl.constexpr, DV_TAIL: tl.constexpr,
     ENTRIES: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr,
-    GATED: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, BULK: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one query tile of one group."""
-    group = tl.program_id(0) % GROUPS
-    tile = tl.cdiv(num_tokens, TOKENS) - 1 - tl.program_id(0) // GROUPS
-    token, head, valid = tile_rows(tile, group, num_tokens, HEADS, TOKENS, ROWS)
-    row = token.to(tl.int64)
-    q, q_tail = load_wide(q_ptr, row * q_stride_t + head * q_stride_h, valid, DK_HEAD, DK_TAIL, DK, False)
-    do, do_tail = load_wide(do_ptr, row * do_stride_t + head * do_stride_h, valid, DV_HEAD, DV_TAIL, DV, False)
-    lse = load_lse(lse_ptr, row * (GROUPS * HEADS) + head, valid)
-    delta = tl.load(delta_ptr + row * (GROUPS * HEADS) + head)
-    if GATED:
-        gate = tl.load(gate_ptr + row * gate_stride_t + head * gate_stride_h).to(tl.float32)
-    else:
-        gate = delta
-    limit = tl.load(key_start_ptr + token) + tl.load(position_ptr + token)
-    union = tile.to(tl.int64) * GROUPS + group
-    steps = tl.load(counts_ptr + union * 2) * PARTS
-    full_steps = tl.load(counts_ptr + union * 2 + 1) * PARTS
-    starts_ptr += union * ENTRIES
-    chosen_ptr += union * ENTRIES
-    bit = token - tile * TOKENS
-
+    tile, group, token, head, valid, q, q_tail, do, do_tail = query_tile(
+        q_ptr, do_ptr, q_stride_t, q_stride_h, do_stride_t, do_stride_h, num_tokens,
+        GROUPS, HEADS, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, TOKENS, ROWS,
+    )  # fmt: skip
     dq, dq_tail = zeros_wide(ROWS, DK_HEAD, DK_TAIL)
-    k_ptr += group.to(tl.int64) * k_stride_g
-    v_ptr += group.to(tl.int64) * v_stride_g
-    dq, dq_tail = _dq_steps(
-        0, full_steps, dq, dq_tail, q, q_tail, do, do_tail, lse, delta, gate, bit, limit, num_keys, scale_log2,
-        starts_ptr, chosen_ptr, k_ptr, v_ptr, k_stride_s, v_stride_s,
-        DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, BLOCK, KEYS, PARTS, False, GATED, PRECISION,
+    dq, dq_tail = add_selected_dq(
+        dq, dq_tail, q, q_tail, do, do_tail, tile, token, head, valid, group, num_keys, scale_log2,
+        k_ptr, v_ptr, k_tiles, k_tail_tiles, v_tiles, v_tail_tiles, k_stride_s, k_stride_g, v_stride_s, v_stride_g,
+        shift_ptr, delta_ptr, entries_ptr, counts_ptr, position_ptr, key_start_ptr,
+        GROUPS, HEADS, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, ENTRIES, BLOCK, KEYS, PARTS, TOKENS, BULK, PRECISION,
     )  # fmt: skip
-    dq, dq_tail = _dq_steps(
-        full_steps, steps, dq, dq_tail, q, q_tail, do, do_tail, lse, delta, gate, bit, limit, num_keys, scale_log2,
-        starts_ptr, chosen_ptr, k_ptr, v_ptr, k_stride_s, v_stride_s,
-        DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, BLOCK, KEYS, PARTS, True, GATED, PRECISION,
-    )  # fmt: skip
-
-    offset = row * dq_stride_t + head * dq_stride_h
-    store_tile(dq_ptr, offset, valid, dq * scale, 0, DK_HEAD, DK, ACCUMULATE)
-    if DK_TAIL > 0:
-        store_tile(dq_ptr, offset, valid, dq_tail * scale, DK_HEAD, DK_TAIL, DK, ACCUMULATE)
+    store_dq(dq_ptr, dq, dq_tail, token, head, valid, dq_stride_t, dq_stride_h, scale, DK, DK_HEAD, DK_TAIL, ACCUMULATE)
 
 
 @triton.jit
 def _dkv_range(
     first, last, end, dk, dk_tail, dv, dv_tail, k, k_tail, v, v_tail, key, group, scale_log2,
-    q_ptr, do_ptr, lse_ptr, delta_ptr, gate_ptr, queries_ptr, position_ptr, key_start_ptr,
-    q_stride_t, q_stride_h, do_stride_t, do_stride_h, gate_stride_t, gate_stride_h,
+    q_ptr, do_ptr, shift_ptr, delta_ptr, queries_ptr, position_ptr, key_start_ptr,
+    q_stride_t, q_stride_h, do_stride_t, do_stride_h,
     GROUPS: tl.constexpr, HEADS: tl.constexpr,
     DK: tl.constexpr, DK_HEAD: tl.constexpr, DK_TAIL: tl.constexpr,
     DV: tl.constexpr, DV_HEAD: tl.constexpr, DV_TAIL: tl.constexpr,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr,
-    MASKED: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the list entries ``first .. last`` of a work item that ends at ``end``, TOKENS at a time."""
     row = tl.arange(0, ROWS)
     head = (group * HEADS + row % HEADS).to(tl.int64)
+    index = first + row // HEADS
+    # One tile ahead, so that the addresses of a tile's rows are known when their copies are to start.
+    token = tl.load(queries_ptr + index, mask=(row < TOKENS * HEADS) & (index < end), other=0)
     for entry in tl.range(first, last, TOKENS):
-        index = entry + row // HEADS
-        valid = (row < TOKENS * HEADS) & (index < end)
-        token = tl.load(queries_ptr + index, mask=valid, other=0)
+        valid = (row < TOKENS * HEADS) & (entry + row // HEADS < end)
+        index = entry + TOKENS + row // HEADS
+        following = tl.load(queries_ptr + index, mask=(row < TOKENS * HEADS) & (index < end), other=0)
         if MASKED:
             limit = tl.load(key_start_ptr + token) + tl.load(position_ptr + token)
             visible = key[:, None] <= limit[None, :]
         else:
             visible = valid[None, :]
-        dk, dk_tail, dv, dv_tail = add_queries(
-            dk, dk_tail, dv, dv_tail, k, k_tail, v, v_tail, token, head, valid, visible, scale_log2,
-            q_ptr, do_ptr, lse_ptr, delta_ptr, gate_ptr,
-            q_stride_t, q_stride_h, do_stride_t, do_stride_h, gate_stride_t, gate_stride_h,
-            GROUPS * HEADS, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, MASKED, GATED, PRECISION,
+        q, q_tail, do, do_tail, shift, delta = load_queries(
+            token, head, valid, q_ptr, do_ptr, shift_ptr, delta_ptr, q_stride_t, q_stride_h, do_stride_t, do_stride_h,
+            GROUPS * HEADS, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL,
         )  # fmt: skip
+        dk, dk_tail, dv, dv_tail = add_queries(
+            dk, dk_tail, dv, dv_tail, k, k_tail, v, v_tail, q, q_tail, do, do_tail, shift, delta, visible, scale_log2,
+            DK_TAIL, DV_TAIL, MASKED, PRECISION,
+        )  # fmt: skip
+        token = following
     return dk, dk_tail, dv, dv_tail
 
 
@@ -169,16 +189,15 @@ def _block_rows(block, first, block_start_ptr, num_blocks, num_keys, BLOCK: tl.c
 
 @triton.jit(do_not_specialize=["num_keys", "num_blocks", "first_group", "last_group"])
 def selected_attention_backward_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, gate_ptr, dk_ptr, dv_ptr, dk_parts_ptr, dv_parts_ptr,
+    q_ptr, do_ptr, k_ptr, v_ptr, shift_ptr, delta_ptr, dk_ptr, dv_ptr, dk_parts_ptr, dv_parts_ptr,
     queries_ptr, offsets_ptr, item_offsets_ptr, slot_offsets_ptr, item_lists_ptr, block_start_ptr, position_ptr, key_start_ptr,
-    q_stride_t, q_stride_h, k_stride_s, k_stride_g, v_stride_s, v_stride_g,
-    do_stride_t, do_stride_h, gate_stride_t, gate_stride_h,
+    q_stride_t, q_stride_h, do_stride_t, do_stride_h, k_stride_s, k_stride_g, v_stride_s, v_stride_g,
     num_keys, num_blocks, first_group, last_group, scale, scale_log2,
     GROUPS: tl.constexpr, HEADS: tl.constexpr,
     DK: tl.constexpr, DK_HEAD: tl.constexpr, DK_TAIL: tl.constexpr,
     DV: tl.constexpr, DV_HEAD: tl.constexpr, DV_TAIL: tl.constexpr,
     BLOCK: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: KEYS rows of one block against one work item of the queries that chose it.
 
@@ -208,43 +227,28 @@ def selected_attention_backward_dkv_kernel(
     dv, dv_tail = zeros_wide(KEYS, DV_HEAD, DV_TAIL)
     dk, dk_tail, dv, dv_tail = _dkv_range(
         first, tl.minimum(full_first, last), last, dk, dk_tail, dv, dv_tail, k, k_tail, v, v_tail, key, group, scale_log2,
-        q_ptr, do_ptr, lse_ptr, delta_ptr, gate_ptr, queries_ptr, position_ptr, key_start_ptr,
-        q_stride_t, q_stride_h, do_stride_t, do_stride_h, gate_stride_t, gate_stride_h,
-        GROUPS, HEADS, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, TOKENS, ROWS, True, GATED, PRECISION,
+        q_ptr, do_ptr, shift_ptr, delta_ptr, queries_ptr, position_ptr, key_start_ptr,
+        q_stride_t, q_stride_h, do_stride_t, do_stride_h,
+        GROUPS, HEADS, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, TOKENS, ROWS, True, PRECISION,
     )  # fmt: skip
     dk, dk_tail, dv, dv_tail = _dkv_range(
         full_first, last, last, dk, dk_tail, dv, dv_tail, k, k_tail, v, v_tail, key, group, scale_log2,
-        q_ptr, do_ptr, lse_ptr, delta_ptr, gate_ptr, queries_ptr, position_ptr, key_start_ptr,
-        q_stride_t, q_stride_h, do_stride_t, do_stride_h, gate_stride_t, gate_stride_h,
-        GROUPS, HEADS, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, TOKENS, ROWS, False, GATED, PRECISION,
+        q_ptr, do_ptr, shift_ptr, delta_ptr, queries_ptr, position_ptr, key_start_ptr,
+        q_stride_t, q_stride_h, do_stride_t, do_stride_h,
+        GROUPS, HEADS, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, TOKENS, ROWS, False, PRECISION,
     )  # fmt: skip
 
     if tl.load(item_offsets_ptr + visit + 1) - tl.load(item_offsets_ptr + visit) == 1:
         row = offset * GROUPS + group
-        _store_dkv(
+        store_dkv(
             dk_ptr, dv_ptr, row, own, dk, dk_tail, dv, dv_tail, scale, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL
         )
     else:
         slot = tl.load(slot_offsets_ptr + visit) - tl.load(slot_offsets_ptr + first_group * num_blocks) + number
         row = slot.to(tl.int64) * (PARTS * KEYS) + part * KEYS + tl.arange(0, KEYS)
-        _store_dkv(
+        store_dkv(
             dk_parts_ptr, dv_parts_ptr, row, own, dk, dk_tail, dv, dv_tail, scale, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL
         )
-
-
-@triton.jit
-def _store_dkv(
-    dk_ptr, dv_ptr, row, keep, dk, dk_tail, dv, dv_tail, scale,
-    DK: tl.constexpr, DK_HEAD: tl.constexpr, DK_TAIL: tl.constexpr,
-    DV: tl.constexpr, DV_HEAD: tl.constexpr, DV_TAIL: tl.constexpr,
-):  # fmt: skip
-    """Write the kept rows of dk (with its factor scale) and dv."""
-    store_tile(dk_ptr, row * DK, keep, dk * scale, 0, DK_HEAD, DK, False)
-    store_tile(dv_ptr, row * DV, keep, dv, 0, DV_HEAD, DV, False)
-    if DK_TAIL > 0:
-        store_tile(dk_ptr, row * DK, keep, dk_tail * scale, DK_HEAD, DK_TAIL, DK, False)
-    if DV_TAIL > 0:
-        store_tile(dv_ptr, row * DV, keep, dv_tail, DV_HEAD, DV_TAIL, DV, False)
 
 
 @triton.jit(do_not_specialize=["num_keys", "num_blocks", "first_group"])
@@ -279,9 +283,8 @@ def selected_attention_backward(
     k: torch.Tensor,
     v: torch.Tensor,
     do: torch.Tensor,
-    lse: torch.Tensor,
+    shift: torch.Tensor,
     delta: torch.Tensor,
-    gate: torch.Tensor | None,
     blocks: torch.Tensor,
     position: torch.Tensor,
     key_start: torch.Tensor,
@@ -296,6 +299,7 @@ def selected_attention_backward(
     dkv_config: TileConfig | None = None,
     chunk: int | None = None,
     workspace_bytes: int = _WORKSPACE_BYTES,
+    bulk: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of :func:`..forward.selected_attention_forward`.
 
@@ -303,9 +307,7 @@ def selected_attention_backward(
         q, k, v, blocks, position, key_start, block_size, scale: as in the forward. Query rows of one document stand in
             ascending position.
         do: [T, N, Dv], upstream gradient without the gate.
-        lse: float32 [T, N], the forward's.
-        delta: float32 [T, N], ``gate * sum(do * out)``.
-        gate: [T, N] of any floating dtype and strides, or None for 1.
+        shift, delta: float32 [T, N], as in the backward of interval attention.
         block_start: int32 [NB], key row at which each block of each document starts, ascending.
         block_base: int32 [T], number (in ``block_start``) of the first block of the query's document.
         dq: float32 [T, N, Dk] to add to, or None for a new one.
@@ -313,6 +315,7 @@ def selected_attention_backward(
         dq_config, dkv_config: tile shapes instead of the table's.
         chunk: most queries of one work item.
         workspace_bytes: budget of the partial sums of split lists; the groups are taken in as many passes as it needs.
+        bulk: fetch keys and values by the copy engine, instead of where it can.
 
     Returns:
         ``dq`` [T, N, Dk], ``dk`` [S, G, Dk], ``dv`` [S, G, Dv], float32. The same inputs give the same bits.
@@ -320,73 +323,76 @@ def selected_attention_backward(
     Raises:
         ValueError: as the forward, or ``dq`` of another shape or dtype.
     """
-    tokens, num_heads, dk_width = q.shape
-    num_keys, groups, dv_width = v.shape
+    (tokens, num_heads, dk_width), (num_keys, groups, dv_width) = q.shape, v.shape
     heads = check_heads(num_heads, groups)
     if scale <= 0:
         raise ValueError(f"scale = {scale} must be positive")
     dq, accumulate = accumulator(dq, q.shape, q.device)
-    dk = torch.zeros(k.shape, dtype=torch.float32, device=q.device)
-    dv = torch.zeros(v.shape, dtype=torch.float32, device=q.device)
     if tokens == 0:
-        return dq, dk, dv
-    rows, strides, shared = _arguments(q, k, v, do, lse, delta, gate, block_size)
-    scales = (scale, scale * LOG2_E.value)
-
-    width = max(dk_width, dv_width)
-    config = dq_config or tile_config("selected_dq", q.dtype, q.device, heads, width)
+        return dq, dq.new_zeros(k.shape), dq.new_zeros(v.shape)
+    q, k, v, do = channels_last(q), channels_last(k), channels_last(v), channels_last(do)
+    config = dq_config or tile_config("selected_dq", q.dtype, q.device, heads, max(dk_width, dv_width))
     if unions is None or unions.tile_tokens != config.tokens(heads):
         unions = build_unions(blocks, position, key_start, block_size, config.tokens(heads))
     keys, parts = block_steps(block_size, config.keys)
+    bulk = keys * parts == block_size and (copies_in_bulk(k, v) if bulk is None else bulk)
     selected_attention_backward_dq_kernel[(unions.counts.shape[0] * groups,)](
-        *rows, dq, unions.starts, unions.chosen, unions.counts, position, key_start,
-        *strides, *dq.stride()[:2], tokens, num_keys, *scales, ENTRIES=unions.starts.shape[-1], KEYS=keys, PARTS=parts,
-        TOKENS=unions.tile_tokens, ROWS=config.rows, ACCUMULATE=accumulate, **shared,
+        q, do, dq, *key_arguments(k, v, keys, bulk), shift.contiguous(), delta.contiguous(),
+        unions.entries, unions.counts, position, key_start,
+        *q.stride()[:2], *do.stride()[:2], *dq.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        tokens, num_keys, scale, scale * LOG2_E.value,
+        ENTRIES=unions.entries.shape[-1], BLOCK=block_size, KEYS=keys, PARTS=parts, TOKENS=unions.tile_tokens,
+        ROWS=config.rows, BULK=bulk, ACCUMULATE=accumulate, **widths(groups, heads, dk_width, dv_width),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-
-    config = dkv_config or tile_config("selected_dkv", q.dtype, q.device, heads, width)
-    visitors = find_visitors(blocks, block_base, block_start.shape[0], chunk or visitor_chunk(tokens, blocks.shape[-1]))
-    tables = (block_start, position, key_start)
-    _launch_dkv(rows, strides, scales, shared, visitors, tables, dk, dv, config, workspace_bytes)
+    tables = (position, key_start, block_start, block_base)
+    dk, dv = selected_attention_backward_dkv(
+        q, k, v, do, shift, delta, blocks, *tables, block_size, scale,
+        config=dkv_config, chunk=chunk, workspace_bytes=workspace_bytes,
+    )  # fmt: skip
     return dq, dk, dv
 
 
-def _arguments(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, do: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor,
-    gate: torch.Tensor | None, block_size: int,
-) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...], dict[str, object]]:  # fmt: skip
-    """What the dq and dk/dv kernels share: leading tensors, their strides, and compile-time settings."""
+def selected_attention_backward_dkv(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    do: torch.Tensor,
+    shift: torch.Tensor,
+    delta: torch.Tensor,
+    blocks: torch.Tensor,
+    position: torch.Tensor,
+    key_start: torch.Tensor,
+    block_start: torch.Tensor,
+    block_base: torch.Tensor,
+    block_size: int,
+    scale: float,
+    *,
+    config: TileConfig | None = None,
+    chunk: int | None = None,
+    workspace_bytes: int = _WORKSPACE_BYTES,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dk [S, G, Dk] and dv [S, G, Dv] of :func:`selected_attention_backward`, whose arguments these are."""
+    (tokens, num_heads, dk_width), (num_keys, groups, dv_width) = q.shape, v.shape
+    heads = check_heads(num_heads, groups)
+    # Rows of documents that have no queries here are in no list.
+    dk = torch.zeros(k.shape, dtype=torch.float32, device=q.device)
+    dv = torch.zeros(v.shape, dtype=torch.float32, device=q.device)
+    if tokens == 0:
+        return dk, dv
     q, k, v, do = channels_last(q), channels_last(k), channels_last(v), channels_last(do)
-    lse, delta = lse.contiguous(), delta.contiguous()
-    gate, *gate_strides, gated = gate_arguments(gate, delta)
-    groups, (dk_width, dv_width) = k.shape[1], (k.shape[2], v.shape[2])
-    (dk_head, dk_tail), (dv_head, dv_tail) = split_width(dk_width), split_width(dv_width)
-    shared = dict(
-        GROUPS=groups, HEADS=q.shape[1] // groups, DK=dk_width, DK_HEAD=dk_head, DK_TAIL=dk_tail,
-        DV=dv_width, DV_HEAD=dv_head, DV_TAIL=dv_tail, BLOCK=block_size, GATED=gated, PRECISION=FLOAT32_PRODUCTS,
-    )  # fmt: skip
-    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *do.stride()[:2], *gate_strides)
-    return (q, k, v, do, lse, delta, gate), strides, shared
-
-
-def _launch_dkv(
-    rows: tuple[torch.Tensor, ...], strides: tuple[int, ...], scales: tuple[float, float], shared: dict[str, object],
-    visitors: Visitors, tables: tuple[torch.Tensor, ...], dk: torch.Tensor, dv: torch.Tensor,
-    config: TileConfig, workspace_bytes: int,
-) -> None:  # fmt: skip
-    """Fill dk [S, G, Dk] and dv [S, G, Dv]: work items of as many groups as the workspace takes, then their partial sums."""
-    (num_keys, groups, dk_width), dv_width = dk.shape, dv.shape[-1]
-    block_size, block_start = shared["BLOCK"], tables[0]
+    config = config or tile_config("selected_dkv", q.dtype, q.device, heads, max(dk_width, dv_width))
+    visitors = find_visitors(blocks, block_base, block_start.shape[0], chunk or visitor_chunk(tokens, blocks.shape[-1]))
     keys, parts = block_steps(block_size, config.keys)
     passes, dk_parts, dv_parts = _plan_passes(visitors, groups, keys * parts, dk_width, dv_width, workspace_bytes)
     for first, last in passes:
         selected_attention_backward_dkv_kernel[((last - first) * visitors.items_per_group * parts,)](
-            *rows, dk, dv, dk_parts, dv_parts,
+            q, do, k, v, shift.contiguous(), delta.contiguous(), dk, dv, dk_parts, dv_parts,
             visitors.queries, visitors.offsets, visitors.item_offsets, visitors.slot_offsets, visitors.item_lists,
-            *tables, *strides, num_keys, visitors.num_blocks, first, last, *scales,
-            KEYS=keys, PARTS=parts, CHUNK=visitors.chunk, TOKENS=config.tokens(shared["HEADS"]), ROWS=config.rows, **shared,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            block_start, position, key_start, *q.stride()[:2], *do.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+            num_keys, visitors.num_blocks, first, last, scale, scale * LOG2_E.value,
+            BLOCK=block_size, KEYS=keys, PARTS=parts, CHUNK=visitors.chunk, TOKENS=config.tokens(heads), ROWS=config.rows,
+            **widths(groups, heads, dk_width, dv_width), num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         selected_attention_backward_add_kernel[((last - first) * visitors.num_blocks * (keys * parts // 16),)](
             dk, dv, dk_parts, dv_parts, visitors.item_offsets, visitors.slot_offsets, block_start,
@@ -394,6 +400,7 @@ def _launch_dkv(
             GROUPS=groups, DK=dk_width, DK_PADDED=triton.next_power_of_2(dk_width), DV=dv_width,
             DV_PADDED=triton.next_power_of_2(dv_width), BLOCK=block_size, SLOT_ROWS=keys * parts, ROWS=16,
         )  # fmt: skip
+    return dk, dv
 
 
 def visitor_chunk(tokens: int, picks: int) -> int:

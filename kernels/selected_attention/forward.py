@@ -12,86 +12,105 @@ import triton
 import triton.language as tl
 
 from ..common import (
-    FLOAT32_PRODUCTS,
     LOG2_E,
     channels_last,
     check_heads,
+    copies_in_bulk,
     dot_wide,
+    key_arguments,
+    load_bulk,
     load_wide,
-    split_width,
     tile_rows,
+    widths,
     zeros_wide,
 )
-from ..interval_attention.forward import finish_rows
+from ..interval_attention.forward import add_values, finish_rows
 from ..tuning import TileConfig, tile_config
 from .unions import Unions, build_unions
 
 
 @triton.jit
-def union_entry(
-    step, starts_ptr, chosen_ptr, bit, limit, num_keys,
-    BLOCK: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Keys of one step through a union, those to load, rows that chose the block, and which keys each row sees in it.
+def load_entry(entries_ptr, step, steps, PARTS: tl.constexpr):
+    """The union's entry of a step, or of the last of ``steps`` past the end. A block is walked in PARTS steps."""
+    return tl.load(entries_ptr + tl.maximum(tl.minimum(step, steps - 1), 0) // PARTS)
 
-    A block is walked in PARTS steps of KEYS keys. ``visible`` does not repeat ``picked``, and is exact only where needed.
-    """
-    start = tl.load(starts_ptr + step // PARTS)
-    picked = ((tl.load(chosen_ptr + step // PARTS) >> bit) & 1) != 0
-    within = step % PARTS * KEYS + tl.arange(0, KEYS)
-    key = start + within
+
+@triton.jit
+def entry_row(entry, step, KEYS: tl.constexpr, PARTS: tl.constexpr):
+    """First key row of a step."""
+    return (entry >> 32).to(tl.int32) + step % PARTS * KEYS
+
+
+@triton.jit
+def entry_keys(row, step, num_keys, BLOCK: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr, MASKED: tl.constexpr):
+    """Key rows of a step, and which of them to load: those of the block and, if MASKED, of the sequence."""
+    key = row + tl.arange(0, KEYS)
+    keep = step % PARTS * KEYS + tl.arange(0, KEYS) < BLOCK
     if MASKED:
-        keep = (key < num_keys) & (within < BLOCK)
-        visible = (key[None, :] <= limit[:, None]) & (within < BLOCK)[None, :]
-    else:
-        keep = within < BLOCK
-        visible = keep[None, :]
-    return key.to(tl.int64), keep, picked, visible
+        keep = keep & (key < num_keys)
+    return key, keep
 
 
 @triton.jit
 def _attend(
-    first, last, acc, acc_tail, top, total, q, q_tail, bit, limit, num_keys, scale_log2,
-    starts_ptr, chosen_ptr, k_ptr, v_ptr, k_stride_s, v_stride_s,
+    first, last, steps, acc, acc_tail, top, total, q, q_tail, bit, limit, group, num_keys, scale_log2,
+    entries_ptr, k_ptr, v_ptr, k_stride_s, v_stride_s, k_tiles, k_tail_tiles, v_tiles, v_tail_tiles,
     DK: tl.constexpr, DK_HEAD: tl.constexpr, DK_TAIL: tl.constexpr,
     DV: tl.constexpr, DV_HEAD: tl.constexpr, DV_TAIL: tl.constexpr,
-    BLOCK: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
+    MASKED: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over steps ``first .. last`` of the union."""
+    """Online softmax over steps ``first .. last`` of the union. MASKED steps reach past some query; BULK only if not."""
     CUT: tl.constexpr = MASKED or PARTS * KEYS > BLOCK
+    # One step ahead, so that the addresses of a step's keys are known when their copies are to start.
+    entry = load_entry(entries_ptr, first, steps, PARTS)
     for step in tl.range(first, last):
-        key, keep, picked, visible = union_entry(
-            step, starts_ptr, chosen_ptr, bit, limit, num_keys, BLOCK, KEYS, PARTS, MASKED
-        )
-        k, k_tail = load_wide(k_ptr, key * k_stride_s, keep, DK_HEAD, DK_TAIL, DK, CUT)
-        v, v_tail = load_wide(v_ptr, key * v_stride_s, keep, DV_HEAD, DV_TAIL, DV, CUT)
+        following = load_entry(entries_ptr, step + 1, steps, PARTS)
+        row = entry_row(entry, step, KEYS, PARTS)
+        picked = ((entry >> bit) & 1) != 0
+        key, keep = entry_keys(row, step, num_keys, BLOCK, KEYS, PARTS, MASKED)
+        if BULK:
+            k, k_tail = load_bulk(k_tiles, k_tail_tiles, row, group, KEYS, DK_HEAD, DK_TAIL)
+            v, v_tail = load_bulk(v_tiles, v_tail_tiles, row, group, KEYS, DV_HEAD, DV_TAIL)
+        else:
+            k, k_tail = load_wide(k_ptr, key.to(tl.int64) * k_stride_s, keep, DK_HEAD, DK_TAIL, DK, CUT)
+            v, v_tail = load_wide(v_ptr, key.to(tl.int64) * v_stride_s, keep, DV_HEAD, DV_TAIL, DV, CUT)
         scores = dot_wide(q, q_tail, k, k_tail, DK_TAIL, PRECISION)
-        if CUT:
-            scores = tl.where(visible, scores, float("-inf"))
+        if MASKED:
+            scores = tl.where((key[None, :] <= limit[:, None]) & keep[None, :], scores, float("-inf"))
+        elif CUT:
+            scores = tl.where(keep[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.where(picked, tl.max(scores, 1) * scale_log2, float("-inf")))
         # Rows that did not choose the block measure from +inf: exp2(-inf) = 0. So do rows that see nothing of it yet.
         reference = tl.where(picked & (new_top > float("-inf")), new_top, float("inf"))
         p = tl.exp2(scores * scale_log2 - reference[:, None])
         shrink = tl.where(picked, tl.exp2(top - reference), 1.0)
         total = total * shrink + tl.sum(p, 1)
-        p = p.to(v.dtype)
-        acc = tl.dot(p, v, acc * shrink[:, None], input_precision=PRECISION)
-        if DV_TAIL > 0:
-            acc_tail = tl.dot(p, v_tail, acc_tail * shrink[:, None], input_precision=PRECISION)
+        acc, acc_tail = add_values(acc, acc_tail, shrink, p.to(v.dtype), v, v_tail, DV_TAIL, PRECISION)
         top = new_top
+        entry = following
     return acc, acc_tail, top, total
+
+
+@triton.jit
+def union_steps(entries_ptr, counts_ptr, tile, group, GROUPS: tl.constexpr, ENTRIES: tl.constexpr, PARTS: tl.constexpr):
+    """A query tile's entries, its steps, and how many of them end before every query of the tile."""
+    union = tile.to(tl.int64) * GROUPS + group
+    steps = tl.load(counts_ptr + union * 2) * PARTS
+    return entries_ptr + union * ENTRIES, steps, tl.load(counts_ptr + union * 2 + 1) * PARTS
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_keys"])
 def selected_attention_forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, starts_ptr, chosen_ptr, counts_ptr, position_ptr, key_start_ptr,
+    q_ptr, k_ptr, v_ptr, k_tiles, k_tail_tiles, v_tiles, v_tail_tiles, out_ptr, lse_ptr,
+    entries_ptr, counts_ptr, position_ptr, key_start_ptr,
     q_stride_t, q_stride_h, k_stride_s, k_stride_g, v_stride_s, v_stride_g, out_stride_t, out_stride_h,
     num_tokens, num_keys, scale_log2,
     GROUPS: tl.constexpr, HEADS: tl.constexpr,
     DK: tl.constexpr, DK_HEAD: tl.constexpr, DK_TAIL: tl.constexpr,
     DV: tl.constexpr, DV_HEAD: tl.constexpr, DV_TAIL: tl.constexpr,
     ENTRIES: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one query tile of one group."""
     group = tl.program_id(0) % GROUPS
@@ -100,11 +119,7 @@ def selected_attention_forward_kernel(
     row = token.to(tl.int64)
     q, q_tail = load_wide(q_ptr, row * q_stride_t + head * q_stride_h, valid, DK_HEAD, DK_TAIL, DK, False)
     limit = tl.load(key_start_ptr + token) + tl.load(position_ptr + token)
-    union = tile.to(tl.int64) * GROUPS + group
-    steps = tl.load(counts_ptr + union * 2) * PARTS
-    full_steps = tl.load(counts_ptr + union * 2 + 1) * PARTS
-    starts_ptr += union * ENTRIES
-    chosen_ptr += union * ENTRIES
+    entries_ptr, steps, full_steps = union_steps(entries_ptr, counts_ptr, tile, group, GROUPS, ENTRIES, PARTS)
     bit = token - tile * TOKENS
 
     acc, acc_tail = zeros_wide(ROWS, DV_HEAD, DV_TAIL)
@@ -113,14 +128,14 @@ def selected_attention_forward_kernel(
     k_ptr += group.to(tl.int64) * k_stride_g
     v_ptr += group.to(tl.int64) * v_stride_g
     acc, acc_tail, top, total = _attend(
-        0, full_steps, acc, acc_tail, top, total, q, q_tail, bit, limit, num_keys, scale_log2,
-        starts_ptr, chosen_ptr, k_ptr, v_ptr, k_stride_s, v_stride_s,
-        DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, BLOCK, KEYS, PARTS, False, PRECISION,
+        0, full_steps, steps, acc, acc_tail, top, total, q, q_tail, bit, limit, group, num_keys, scale_log2,
+        entries_ptr, k_ptr, v_ptr, k_stride_s, v_stride_s, k_tiles, k_tail_tiles, v_tiles, v_tail_tiles,
+        DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, BLOCK, KEYS, PARTS, False, BULK, PRECISION,
     )  # fmt: skip
     acc, acc_tail, top, total = _attend(
-        full_steps, steps, acc, acc_tail, top, total, q, q_tail, bit, limit, num_keys, scale_log2,
-        starts_ptr, chosen_ptr, k_ptr, v_ptr, k_stride_s, v_stride_s,
-        DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, BLOCK, KEYS, PARTS, True, PRECISION,
+        full_steps, steps, steps, acc, acc_tail, top, total, q, q_tail, bit, limit, group, num_keys, scale_log2,
+        entries_ptr, k_ptr, v_ptr, k_stride_s, v_stride_s, k_tiles, k_tail_tiles, v_tiles, v_tail_tiles,
+        DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, BLOCK, KEYS, PARTS, True, False, PRECISION,
     )  # fmt: skip
 
     finish_rows(
@@ -147,6 +162,7 @@ def selected_attention_forward(
     *,
     unions: Unions | None = None,
     config: TileConfig | None = None,
+    bulk: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal softmax attention over the tokens of each query's chosen blocks.
 
@@ -160,6 +176,7 @@ def selected_attention_forward(
         scale: positive factor of the scores.
         unions: :func:`build_unions` of these blocks for this tile shape, if at hand.
         config: tile shape instead of the table's.
+        bulk: fetch keys and values by the copy engine, instead of where it can.
 
     Returns:
         ``out`` [T, N, Dv] in the dtype of q and ``lse`` float32 [T, N], natural logarithm; 0 and -inf where nothing is seen.
@@ -181,15 +198,14 @@ def selected_attention_forward(
     if unions is None or unions.tile_tokens != tile_tokens:
         unions = build_unions(blocks, position, key_start, block_size, tile_tokens)
     q, k, v = channels_last(q), channels_last(k), channels_last(v)
-    (dk_head, dk_tail), (dv_head, dv_tail) = split_width(dk), split_width(dv)
     keys, parts = block_steps(block_size, config.keys)
+    bulk = copies_in_bulk(k, v) if bulk is None else bulk
+    # A step that is cut short by its block's end needs masked loads.
+    bulk = bulk and keys * parts == block_size
     selected_attention_forward_kernel[(triton.cdiv(tokens, tile_tokens) * groups,)](
-        q, k, v, out, lse, unions.starts, unions.chosen, unions.counts, position, key_start,
-        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2],
-        tokens, num_keys, scale * LOG2_E.value,
-        GROUPS=groups, HEADS=heads, DK=dk, DK_HEAD=dk_head, DK_TAIL=dk_tail, DV=dv, DV_HEAD=dv_head, DV_TAIL=dv_tail,
-        ENTRIES=unions.starts.shape[-1], BLOCK=block_size, KEYS=keys, PARTS=parts,
-        TOKENS=tile_tokens, ROWS=config.rows, PRECISION=FLOAT32_PRODUCTS,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        q, *key_arguments(k, v, keys, bulk), out, lse, unions.entries, unions.counts, position, key_start,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], tokens, num_keys, scale * LOG2_E.value,
+        ENTRIES=unions.entries.shape[-1], BLOCK=block_size, KEYS=keys, PARTS=parts, TOKENS=tile_tokens, ROWS=config.rows,
+        BULK=bulk, **widths(groups, heads, dk, dv), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out, lse

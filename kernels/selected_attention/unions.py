@@ -20,21 +20,20 @@ class Unions:
     """Blocks chosen by the tokens of each tile.
 
     Args:
-        starts: int32 [tiles, G, E], key rows at which the union's blocks start, ascending; the first ``counts`` count.
-        chosen: int32 [tiles, G, E], bit i set where token i of the tile chose the block.
+        entries: int64 [tiles, G, E], the key row at which a block of the union starts, ascending, in the upper half; in the
+            lower half bit i is set where token i of the tile chose the block. The first ``counts`` entries count.
         counts: int32 [tiles, G, 2]: blocks in the union, and how many of them end before every query of the tile.
         tile_tokens: tokens of a tile.
     """
 
-    starts: torch.Tensor
-    chosen: torch.Tensor
+    entries: torch.Tensor
     counts: torch.Tensor
     tile_tokens: int
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def build_unions_kernel(
-    blocks_ptr, position_ptr, key_start_ptr, starts_ptr, chosen_ptr, counts_ptr,
+    blocks_ptr, position_ptr, key_start_ptr, entries_ptr, counts_ptr,
     stride_t, stride_g, stride_n, num_tokens,
     GROUPS: tl.constexpr, TOKENS: tl.constexpr, PICKS: tl.constexpr, BLOCK: tl.constexpr,
     PADDED_TOKENS: tl.constexpr, PADDED_PICKS: tl.constexpr, STEP: tl.constexpr,
@@ -77,8 +76,7 @@ def build_unions_kernel(
     packed = tl.sort(tl.where(stands, packed, tl.full([ENTRIES], INT_MAX, tl.int64) << 32))
 
     out = (tile.to(tl.int64) * GROUPS + group) * ENTRIES
-    tl.store(starts_ptr + out + entry, (packed >> 32).to(tl.int32))
-    tl.store(chosen_ptr + out + entry, (packed & 0xFFFFFFFF).to(tl.int32))
+    tl.store(entries_ptr + out + entry, packed)
     position = tl.load(position_ptr + token, mask=real, other=0)
     first_query = tl.min(tl.where(real, first_key + position, INT_MAX), 0)
     counts = counts_ptr + (tile.to(tl.int64) * GROUPS + group) * 2
@@ -109,17 +107,16 @@ def build_unions(
     tokens, groups, picks = blocks.shape
     padded_tokens, padded_picks = triton.next_power_of_2(tile_tokens), triton.next_power_of_2(picks)
     tiles, entries = triton.cdiv(tokens, tile_tokens), padded_tokens * padded_picks
-    starts = torch.empty(tiles, groups, entries, dtype=torch.int32, device=blocks.device)
-    chosen = torch.empty_like(starts)
+    packed = torch.empty(tiles, groups, entries, dtype=torch.int64, device=blocks.device)
     counts = torch.empty(tiles, groups, 2, dtype=torch.int32, device=blocks.device)
     if tiles:
         build_unions_kernel[(tiles * groups,)](
-            blocks, position, key_start, starts, chosen, counts, *blocks.stride(), tokens,
+            blocks, position, key_start, packed, counts, *blocks.stride(), tokens,
             GROUPS=groups, TOKENS=tile_tokens, PICKS=picks, BLOCK=block_size,
             PADDED_TOKENS=padded_tokens, PADDED_PICKS=padded_picks, STEP=min(padded_picks, 16),
             num_warps=max(1, min(8, entries // 64)),
         )  # fmt: skip
-    return Unions(starts, chosen, counts, tile_tokens)
+    return Unions(packed, counts, tile_tokens)
 
 
 @dataclass(frozen=True)

@@ -9,27 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nsa_cp.bench.inputs import AttentionInputs, HeadLayout, make_inputs, neighbour_agreement
+from nsa_cp.bench.inputs import AttentionInputs, HeadLayout, make_inputs, neighbour_agreement, trained_config
 from nsa_cp.bench.machine import machine_facts
+from nsa_cp.bench.peers import PEERS, Forward, Leaves, make_peer, reason
+from nsa_cp.bench.stages import stage_passes
 from nsa_cp.bench.timing import Timing, measure, peak_memory
 from nsa_cp.config import NSAConfig
-from nsa_cp.ops import (
-    combine_branches,
-    compress_kv,
-    compressed_attention,
-    native_sparse_attention,
-    select_blocks,
-    selected_attention,
-    window_attention,
-)
+from nsa_cp.ops import compress_kv, native_sparse_attention, select_blocks
 
-IMPLEMENTATIONS = ("nsa", "dense_cudnn", "dense_flash")
-STAGES = ("compression", "compressed", "selection", "selected", "window", "gating")
+IMPLEMENTATIONS = ("nsa", *PEERS)
 
 
 @dataclass(frozen=True)
@@ -60,10 +52,18 @@ class Row:
     triton: str
     commit: str
 
+    @property
+    def key(self) -> tuple[int, str, str]:
+        """Length, heads and inputs: which case this row belongs to."""
+        return self.seq_len, str(HeadLayout(self.num_heads, self.num_groups, self.qk_dim, self.v_dim)), self.inputs
+
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: one sequence of ``seq_len`` tokens with the given heads and inputs."""
+    """What is measured: one sequence of ``seq_len`` tokens with the given heads and inputs.
+
+    ``trained_file`` holds the tensors of ``inputs = "trained"``.
+    """
 
     seq_len: int
     heads: HeadLayout
@@ -71,6 +71,12 @@ class Case:
     config: NSAConfig
     dtype: torch.dtype
     device: torch.device
+    trained_file: Path | None = None
+
+    @property
+    def key(self) -> tuple[int, str, str]:
+        """Length, heads and inputs, as in :attr:`Row.key`."""
+        return self.seq_len, str(self.heads), self.inputs
 
 
 def run_attention_benchmark(
@@ -79,24 +85,38 @@ def run_attention_benchmark(
     implementations: Sequence[str] = IMPLEMENTATIONS,
     stages: bool = False,
     repetitions: int = 10,
+    notice: Callable[[str], None] = print,
 ) -> Iterator[Row]:
     """Measure every case; rows come as they are measured.
 
     Args:
-        implementations: of ``nsa``, ``dense_cudnn``, ``dense_flash``; a dense one that the device refuses is left out.
+        implementations: ``nsa`` and names of :data:`nsa_cp.bench.peers.PEERS`; a peer that cannot run is left out.
         stages: also time each stage of ``nsa`` alone.
+        notice: told in one line which peer was left out and why, and what those measured compute otherwise.
+
+    Raises:
+        ValueError: trained inputs that do not fit the case.
     """
     machine = machine_facts(cases[0].device) if cases else {}
+    told: set[str] = set()
+
+    def tell_once(line: str) -> None:
+        if line not in told:
+            told.add(line)
+            notice(line)
+
     for case in cases:
         inputs = [_inputs(case, seed=0)]
-        peaks = {impl: _peaks(case, impl, inputs[0]) for impl in implementations}
+        runs = {}
+        for impl in implementations:
+            runnable = _runnable(case, impl, inputs[0], tell_once)
+            if runnable is not None:
+                runs[impl] = runnable
         # Timed on two sets of inputs in turn; memory is measured while there is only one.
         inputs.append(_inputs(case, seed=1))
         agreement = _agreement(case, inputs[0])
-        for impl in implementations:
-            if peaks[impl] is None:
-                continue
-            for stage, pass_, timing in _measure_case(case, impl, inputs, stages and impl == "nsa", repetitions):
+        for impl, (forward, peaks) in runs.items():
+            for stage, pass_, timing in _measure(case, forward, inputs, stages and impl == "nsa", repetitions):
                 yield Row(
                     case.seq_len,
                     **asdict(case.heads),
@@ -107,123 +127,78 @@ def run_attention_benchmark(
                     stage=stage,
                     pass_=pass_,
                     **Timing(*(round(x, 4) for x in timing))._asdict(),
-                    peak_gib=round(peaks[impl][pass_], 3) if stage == "all" else 0.0,
+                    peak_gib=round(peaks[pass_], 3) if stage == "all" else 0.0,
                     **machine,
                 )
 
 
 def _inputs(case: Case, seed: int) -> AttentionInputs:
-    return make_inputs(case.config, case.heads, case.seq_len, case.inputs, seed=seed, device=case.device, dtype=case.dtype)
+    return make_inputs(
+        case.config, case.heads, case.seq_len, case.inputs, seed=seed, device=case.device, dtype=case.dtype,
+        trained_file=case.trained_file,
+    )  # fmt: skip
 
 
-def _peaks(case: Case, impl: str, x: AttentionInputs) -> dict[str, float] | None:
-    """Peak memory of a forward, and of forward and backward, inputs and gradients included; None where it cannot run."""
-    forward = _implementation(case, impl)
+def _runnable(
+    case: Case, impl: str, x: AttentionInputs, notice: Callable[[str], None]
+) -> tuple[Forward, dict[str, float]] | None:
+    """The implementation and its peak memory in GiB by pass; None, and a notice, where a peer cannot run."""
+    if impl == "nsa":
+
+        def nsa(x: AttentionInputs) -> tuple[torch.Tensor, Leaves]:
+            return native_sparse_attention(x.q, x.k, x.v, x.gates, x.k_weights, x.v_weights, case.config).out, x.leaves
+
+        return nsa, _peaks(nsa, x, case.device)
+    forward = make_peer(impl, case.config, case.heads)
+    if isinstance(forward, str):
+        notice(f"{impl} is not measured here: {forward}")
+        return None
+    try:
+        peaks = _peaks(forward, x, case.device)
+    except Exception as error:  # whatever a peer says to heads or lengths that it does not take
+        notice(f"{impl} is not measured at {case.seq_len} tokens, heads {case.heads}: {reason(error)}")
+        return None
+    if PEERS[impl].differs:
+        notice(f"{impl} differs: {PEERS[impl].differs}")
+    return forward, peaks
+
+
+def _peaks(forward: Forward, x: AttentionInputs, device: torch.device) -> dict[str, float]:
+    """Peak memory of a forward, and of forward and backward, inputs and gradients included."""
 
     def both() -> list[torch.Tensor]:
         out, leaves = forward(x)
         return [out, *torch.autograd.grad(out, leaves, x.grad)]
 
-    try:
-        return {"forward": peak_memory(lambda: forward(x), case.device), "backward": peak_memory(both, case.device)}
-    except RuntimeError as error:
-        if impl == "nsa" or not str(error).startswith(("No available kernel", "No viable backend")):
-            raise
-        return None
+    # Once before: what compiling and first calls allocate is not the implementation's.
+    both()
+    return {"forward": peak_memory(lambda: forward(x), device), "backward": peak_memory(both, device)}
 
 
-def _measure_case(
-    case: Case, impl: str, rotation: list[AttentionInputs], stages: bool, repetitions: int
-) -> Iterator[tuple[str, str, Timing]]:
-    yield from _measure_passes("all", _implementation(case, impl), rotation, case.device, repetitions)
-    if stages:
-        for stage in STAGES:
-            yield from _measure_passes(stage, _stage(case, stage, rotation[0]), rotation[:1], case.device, repetitions)
-
-
-def _measure_passes(
-    stage: str,
-    forward: Callable[[AttentionInputs], tuple[torch.Tensor, list[torch.Tensor]]],
-    rotation: list[AttentionInputs],
-    device: torch.device,
-    repetitions: int,
+def _measure(
+    case: Case, forward: Forward, rotation: list[AttentionInputs], stages: bool, repetitions: int
 ) -> Iterator[tuple[str, str, Timing]]:
     """Forward alone, then backward alone: all graphs of a round are kept, and every backward runs on one of them."""
-    yield stage, "forward", measure(lambda i: forward(rotation[i % len(rotation)]), device, repetitions=repetitions)
-    graphs = []
-    for inputs in rotation:
-        out, leaves = forward(inputs)
-        if not out.requires_grad:
-            return
-        grad = inputs.grad if out.shape == inputs.grad.shape else torch.randn_like(out)
-        graphs.append((out, leaves, grad))
+    count, device = len(rotation), case.device
+    yield "all", "forward", measure(lambda i: forward(rotation[i % count]), device, repetitions=repetitions)
+    graphs = [(*forward(x), x.grad) for x in rotation]
 
     def backward(i: int) -> None:
-        out, leaves, grad = graphs[i % len(graphs)]
+        out, leaves, grad = graphs[i % count]
         torch.autograd.grad(out, leaves, grad, retain_graph=True)
 
-    yield stage, "backward", measure(backward, device, repetitions=repetitions)
-
-
-def _implementation(case: Case, impl: str) -> Callable[[AttentionInputs], tuple[torch.Tensor, list[torch.Tensor]]]:
-    def nsa(x: AttentionInputs) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        result = native_sparse_attention(x.q, x.k, x.v, x.gates, x.k_weights, x.v_weights, case.config)
-        return result.out, x.leaves
-
-    def dense(x: AttentionInputs) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        q, k, v = (y.transpose(0, 1)[None] for y in (x.q, x.k[0], x.v[0]))
-        backend = {"dense_cudnn": SDPBackend.CUDNN_ATTENTION, "dense_flash": SDPBackend.FLASH_ATTENTION}[impl]
-        with sdpa_kernel(backend):
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return out[0].transpose(0, 1), [x.q, x.k[0], x.v[0]]
-
-    return nsa if impl == "nsa" else dense
-
-
-def _stage(case: Case, stage: str, x: AttentionInputs) -> Callable[[AttentionInputs], tuple[torch.Tensor, list[torch.Tensor]]]:
-    """One stage on what the stages before it make of ``x``, computed once."""
-    config = case.config
-    with torch.no_grad():
-        k_cmp, v_cmp = compress_kv(x.k[0], x.v[0], x.k_weights, x.v_weights, config)
-        out_cmp, lse = compressed_attention(x.q, k_cmp, v_cmp, config, backend=config.backend)
-        blocks = select_blocks(x.q, k_cmp, config, lse=lse, backend=config.backend)
-    k_cmp, v_cmp = k_cmp.requires_grad_(), v_cmp.requires_grad_()
-    slc, win = 1 % len(x.k), 2 % len(x.k)
-    outs = [torch.randn_like(out_cmp).requires_grad_() for _ in range(3)] if stage == "gating" else []
-
-    def compression(x: AttentionInputs) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        k, v = compress_kv(x.k[0], x.v[0], x.k_weights, x.v_weights, config, backend=config.backend)
-        return torch.cat([k.flatten(), v.flatten()]), [x.k[0], x.v[0], *x.k_weights, *x.v_weights]
-
-    def selection(x: AttentionInputs) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        return select_blocks(x.q.detach(), k_cmp.detach(), config, lse=lse, backend=config.backend), []
-
-    return {
-        "compression": compression,
-        "compressed": lambda x: (
-            compressed_attention(x.q, k_cmp, v_cmp, config, backend=config.backend)[0],
-            [x.q, k_cmp, v_cmp],
-        ),
-        "selection": selection,
-        "selected": lambda x: (
-            selected_attention(x.q, x.k[slc], x.v[slc], blocks, config, backend=config.backend)[0],
-            [x.q, x.k[slc], x.v[slc]],
-        ),
-        "window": lambda x: (
-            window_attention(x.q, x.k[win], x.v[win], config, backend=config.backend)[0],
-            [x.q, x.k[win], x.v[win]],
-        ),
-        "gating": lambda x: (combine_branches(outs, x.gates, config.backend), [*outs, x.gates]),
-    }[stage]
+    yield "all", "backward", measure(backward, device, repetitions=repetitions)
+    graphs.clear()
+    if stages:
+        for stage, pass_, call in stage_passes(case.config, rotation[0]):
+            yield stage, pass_, measure(lambda i, call=call: call(), device, repetitions=repetitions)
 
 
 @torch.no_grad()
 def _agreement(case: Case, x: AttentionInputs) -> float:
-    """Measured on one group of the whole sequence, which is what the kernels will meet."""
-    heads = case.heads.num_heads // case.heads.num_groups
-    k_cmp, _ = compress_kv(x.k[0], x.v[0], x.k_weights, x.v_weights, case.config)
-    blocks = select_blocks(x.q[:, :heads], k_cmp[:, :1], case.config, backend=case.config.backend)
-    return neighbour_agreement(blocks, case.config)
+    """Measured on the whole sequence and all groups, which is what the kernels will meet."""
+    k_cmp, _ = compress_kv(x.k[0], x.v[0], x.k_weights, x.v_weights, case.config, backend=case.config.backend)
+    return neighbour_agreement(select_blocks(x.q, k_cmp, case.config, backend=case.config.backend), case.config)
 
 
 def default_cases(
@@ -232,9 +207,21 @@ def default_cases(
     inputs: Sequence[str],
     dtype: torch.dtype,
     device: torch.device,
+    trained_file: Path | None = None,
     **settings: object,
 ) -> list[Case]:
-    """Every combination, with the paper's settings unless ``settings`` (fields of NSAConfig) say otherwise."""
+    """Every combination, with the paper's settings unless ``settings`` (fields of NSAConfig) say otherwise.
+
+    Trained inputs bring their compressor and number of K/V along.
+
+    Raises:
+        ValueError: settings that do not fit together or not the trained file, or trained inputs without a file.
+    """
     config = replace(NSAConfig(), **settings)
+    configs = dict.fromkeys(inputs, config)
+    if "trained" in configs:
+        if trained_file is None:
+            raise ValueError("inputs 'trained' need a file of a trained model's tensors; give one with --trained-file FILE")
+        configs["trained"] = trained_config(trained_file, config)
     layouts = [HeadLayout.parse(text) for text in heads]
-    return [Case(s, h, kind, config, dtype, device) for s in seq_lens for h in layouts for kind in inputs]
+    return [Case(s, h, kind, configs[kind], dtype, device, trained_file) for s in seq_lens for h in layouts for kind in inputs]

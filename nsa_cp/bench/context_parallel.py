@@ -1,33 +1,42 @@
 """``nsa-cp bench context-parallel``: one GPU beside many, under torchrun; efficiency, exposed communication, memory.
 
-    torchrun --nproc-per-node 2 -m nsa_cp.cli.main bench context-parallel --seq-lens 65536 131072
+    torchrun --nproc-per-node 2 -m nsa_cp.cli.main bench context-parallel --csv docs/benchmarks/context_parallel.csv
 
-Efficiency is one GPU's time / CP over the time under CP. Exposed communication is the time under CP less the time of the
-same work with every transfer answered from memory at once.
+Strong scaling: the same sequence on one GPU and on all. Efficiency is one GPU's time / CP over the time under CP. Exposed
+communication is the time under CP less the time of the same work with every transfer answered from memory at once
+(``replay.py``); it holds waiting, and what kernels lose to the transfers that run beside them.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from unittest import mock
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from nsa_cp.bench.inputs import AttentionInputs, HeadLayout, make_inputs
 from nsa_cp.bench.machine import machine_facts
+from nsa_cp.bench.replay import RecordedTransfers
 from nsa_cp.bench.timing import measure, peak_memory
 from nsa_cp.config import NSAConfig
-from nsa_cp.context_parallel import SequenceLayout, transfer
-from nsa_cp.context_parallel import gather as gather_module
-from nsa_cp.ops import native_sparse_attention
+from nsa_cp.context_parallel import SequenceLayout, Traffic, count_traffic
+from nsa_cp.ops import NSAOutput, native_sparse_attention, remote_blocks
+
+PASSES = ("forward", "backward")
+ONE_GPU = "none"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of ``docs/benchmarks/context_parallel.csv``: times in milliseconds, memory a rank in GiB."""
+    """One line of ``docs/benchmarks/context_parallel.csv``: times in milliseconds, memory a rank in GiB.
+
+    Times and memory are those of the slowest and fullest rank. Memory is the peak of allocations, inputs included: of a
+    forward, or (pass backward) of forward and backward together. One GPU's own row has cp 1 and comm ``none``. Where one GPU
+    cannot hold the sequence, ``one_gpu_p50_ms`` and ``efficiency`` are nan.
+    """
 
     seq_len: int
     num_heads: int
@@ -48,111 +57,175 @@ class Row:
     commit: str
 
 
-class _Answered:
-    """A finished transfer."""
+class Measured(NamedTuple):
+    """A row, and what has no column: bytes a rank sends and receives, and the fraction of remote blocks that it chose."""
 
-    def wait(self) -> None:
-        """Nothing to wait for."""
+    row: Row
+    sent: int
+    received: int
+    remote_blocks_needed: float
 
 
-@contextlib.contextmanager
-def communication_switched_off() -> Iterator[None]:
-    """Every transfer is answered at once with random numbers: the kernels' work without the wires'.
+@dataclass(frozen=True)
+class Settings:
+    """What all measurements of a run share.
 
-    What arrives must look like data, because the kernels' speed depends on how far neighbouring queries agree.
+    Attributes:
+        repetitions: of each timing, at most.
+        seconds: of each timing, about: long sequences are repeated less often, but three times at least.
     """
-    prepared: dict[tuple[int, torch.device], torch.Tensor] = {}
 
-    def fill(output: torch.Tensor) -> None:
-        key = (output.nbytes, output.device)
-        if key not in prepared:
-            prepared[key] = torch.randn(output.nbytes // 2 + 1, dtype=torch.bfloat16, device=output.device)
-        output.view(torch.uint8).copy_(prepared[key].view(torch.uint8)[: output.nbytes])
+    heads: HeadLayout
+    config: NSAConfig
+    dtype: torch.dtype
+    device: torch.device
+    group: dist.ProcessGroup
+    repetitions: int = 10
+    seconds: float = 3.0
 
-    def collective(output: torch.Tensor, *_: object, **__: object) -> _Answered:
-        fill(output)
-        return _Answered()
 
-    def exchange(operations: Sequence[dist.P2POp]) -> list[_Answered]:
-        for operation in operations:
-            if operation.op is dist.irecv:
-                fill(operation.tensor)
-        return []
+class _Figures(NamedTuple):
+    """By pass: times in ms, with communication switched off too, peaks in GiB, traffic; each the largest over ranks."""
 
-    with (
-        mock.patch.object(gather_module, "all_gather", collective),
-        mock.patch.object(gather_module, "reduce_scatter", collective),
-        mock.patch.object(transfer.dist, "batch_isend_irecv", exchange),
-    ):
-        yield
+    times: dict[str, float]
+    silent: dict[str, float]
+    peaks: dict[str, float]
+    traffic: dict[str, tuple[int, int]]
+    remote_blocks_needed: float
 
 
 def run_context_parallel_benchmark(
-    seq_lens: Sequence[int],
-    heads: HeadLayout,
-    *,
-    layouts: Sequence[str],
-    comms: Sequence[str],
-    config: NSAConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    group: dist.ProcessGroup,
-    repetitions: int = 10,
-) -> Iterator[Row]:
-    """Measure every combination on all ranks of ``group``; every rank gets the same rows (times of the slowest rank)."""
-    machine = machine_facts(device)
+    seq_lens: Sequence[int], settings: Settings, *, layouts: Sequence[str], comms: Sequence[str]
+) -> Iterator[Measured]:
+    """Measure every combination on all ranks of the group; every rank gets the same rows. Collective."""
+    machine = machine_facts(settings.device)
+    facts = {"gpu": machine["gpu"], "commit": machine["commit"], **asdict(settings.heads)}
+    cp = settings.group.size()
     for seq_len in seq_lens:
-        alone = _measure(seq_len, heads, config, dtype, device, None, repetitions)
+        alone = _measure_alone(seq_len, settings)
+        unknown = dict.fromkeys(PASSES, float("nan"))
+        reference = unknown if alone is None else alone.times
+        for pass_ in PASSES if alone is not None else ():
+            times = {"p50_ms": round(alone.times[pass_], 4), "one_gpu_p50_ms": round(alone.times[pass_], 4)}
+            yield Measured(
+                Row(
+                    seq_len, cp=1, layout=settings.config.layout, comm=ONE_GPU, pass_=pass_, **times, efficiency=1.0,
+                    exposed_ms=0.0, peak_gib=round(alone.peaks[pass_], 3), **facts,
+                ), 0, 0, 0.0,
+            )  # fmt: skip
         for kind in layouts:
             for comm in comms:
-                settings = replace(config, layout=kind, compressed_comm=comm)
-                together = _measure(seq_len, heads, settings, dtype, device, group, repetitions)
-                with communication_switched_off():
-                    silent = _measure(seq_len, heads, settings, dtype, device, group, repetitions)
-                for pass_ in ("forward", "backward"):
-                    yield Row(
-                        seq_len,
-                        **asdict(heads),
-                        cp=group.size(),
-                        layout=kind,
-                        comm=comm,
-                        pass_=pass_,
-                        p50_ms=round(together[pass_], 4),
-                        one_gpu_p50_ms=round(alone[pass_], 4),
-                        efficiency=round(alone[pass_] / group.size() / together[pass_], 4),
-                        exposed_ms=round(together[pass_] - silent[pass_], 4),
-                        peak_gib=round(together["peak"], 3),
-                        gpu=machine["gpu"],
-                        commit=machine["commit"],
-                    )
+                config = replace(settings.config, layout=kind, compressed_comm=comm)
+                together = _measure(seq_len, replace(settings, config=config), settings.group)
+                for pass_ in PASSES:
+                    time = together.times[pass_]
+                    row = Row(
+                        seq_len, cp=cp, layout=kind, comm=comm, pass_=pass_, p50_ms=round(time, 4),
+                        one_gpu_p50_ms=round(reference[pass_], 4), efficiency=round(reference[pass_] / cp / time, 4),
+                        exposed_ms=round(time - together.silent[pass_], 4), peak_gib=round(together.peaks[pass_], 3), **facts,
+                    )  # fmt: skip
+                    yield Measured(row, *together.traffic[pass_], together.remote_blocks_needed)
 
 
-def _measure(
-    seq_len: int,
-    heads: HeadLayout,
-    config: NSAConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    group: dist.ProcessGroup | None,
-    repetitions: int,
-) -> dict[str, float]:
-    """Median forward and backward in ms and peak memory in GiB, each the largest over the ranks."""
+def _measure_alone(seq_len: int, settings: Settings) -> _Figures | None:
+    """One GPU with the whole sequence (every rank measures its own); None where it does not fit in the memory of one."""
+    figures, fits = None, True
+    try:
+        figures = _local_figures(seq_len, settings, None)
+    except torch.cuda.OutOfMemoryError:
+        fits = False
+    if settings.device.type == "cuda":
+        torch.cuda.empty_cache()
+    fit = torch.tensor(float(fits), device=settings.device)
+    dist.all_reduce(fit, dist.ReduceOp.MIN, group=settings.group)
+    return _slowest(figures, settings) if bool(fit) else None
+
+
+def _measure(seq_len: int, settings: Settings, group: dist.ProcessGroup) -> _Figures:
+    return _slowest(_local_figures(seq_len, settings, group), settings)
+
+
+def _local_figures(seq_len: int, settings: Settings, group: dist.ProcessGroup | None) -> _Figures:
+    """This rank's own figures, of its shard under ``group`` or of the whole sequence without one."""
+    config, device = settings.config, settings.device
+    layout, x = _shard(seq_len, settings, group)
+
+    def forward() -> NSAOutput:
+        return _attend(x, config, layout, group)
+
+    def both() -> tuple[torch.Tensor, ...]:
+        return _gradients(forward().out, x)
+
+    peaks = {"forward": peak_memory(forward, device), "backward": peak_memory(both, device)}
+    recorded = {pass_: RecordedTransfers() for pass_ in PASSES}
+    counted: dict[str, Traffic] = {}
+    with count_traffic() as counted["forward"], recorded["forward"].record():
+        result = forward()
+    with count_traffic() as counted["backward"], recorded["backward"].record():
+        _gradients(result.out, x, keep=True)
+    needed = float(remote_blocks(result.blocks, layout, config).needed)
+    calls: dict[str, Callable[[], object]] = {
+        "forward": forward,
+        "backward": lambda: _gradients(result.out, x, keep=True),
+    }
+    times, silent = {}, {}
+    for pass_, call in calls.items():
+        times[pass_], repetitions = _time(call, settings, group)
+        if group is not None:
+            replayed = partial(_replayed, call, recorded[pass_])
+            silent[pass_] = measure(lambda _, run=replayed: run(), device, repetitions=repetitions).p50_ms
+    traffic = {pass_: (count.sent, count.received) for pass_, count in counted.items()}
+    return _Figures(times, silent, peaks, traffic, needed)
+
+
+def make_step(seq_len: int, settings: Settings) -> Callable[[], object]:
+    """One forward and backward under context parallelism, to be called on every rank of the group."""
+    layout, x = _shard(seq_len, settings, settings.group)
+    return lambda: _gradients(_attend(x, settings.config, layout, settings.group).out, x)
+
+
+def _shard(seq_len: int, settings: Settings, group: dist.ProcessGroup | None) -> tuple[SequenceLayout, AttentionInputs]:
+    """Inputs of a shard, not a shard of inputs: all are random, and one rank need not hold the whole."""
     size, rank = (1, 0) if group is None else (group.size(), group.rank())
-    layout = SequenceLayout.build(seq_len, cp_size=size, cp_rank=rank, kind=config.layout)
-    # Inputs of a shard, not a shard of inputs: timings do not depend on values, and one rank need not hold the whole.
-    x = make_inputs(config, heads, layout.num_local_tokens, "random", seed=rank, device=device, dtype=dtype)
+    layout = SequenceLayout.build(seq_len, cp_size=size, cp_rank=rank, kind=settings.config.layout)
+    tokens, device, dtype = layout.num_local_tokens, settings.device, settings.dtype
+    return layout, make_inputs(settings.config, settings.heads, tokens, "random", seed=rank, device=device, dtype=dtype)
 
-    def forward() -> torch.Tensor:
-        return native_sparse_attention(x.q, x.k, x.v, x.gates, x.k_weights, x.v_weights, config, layout=layout, group=group).out
 
-    peak = peak_memory(lambda: _gradients(forward(), x), device)
-    times = {"forward": measure(lambda _: forward(), device, repetitions=repetitions).p50_ms}
-    out = forward()
-    times["backward"] = measure(lambda _: _gradients(out, x, keep=True), device, repetitions=repetitions).p50_ms
-    slowest = torch.tensor([times["forward"], times["backward"], peak], device=device, dtype=torch.float64)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    return dict(zip(("forward", "backward", "peak"), slowest.tolist(), strict=True))
+def _attend(x: AttentionInputs, config: NSAConfig, layout: SequenceLayout, group: dist.ProcessGroup | None) -> NSAOutput:
+    return native_sparse_attention(x.q, x.k, x.v, x.gates, x.k_weights, x.v_weights, config, layout=layout, group=group)
 
 
 def _gradients(out: torch.Tensor, x: AttentionInputs, *, keep: bool = False) -> tuple[torch.Tensor, ...]:
     return torch.autograd.grad(out, x.leaves, x.grad, retain_graph=keep)
+
+
+def _replayed(call: Callable[[], object], recorded: RecordedTransfers) -> None:
+    with recorded.replay():
+        call()
+
+
+def _time(call: Callable[[], object], settings: Settings, group: dist.ProcessGroup | None) -> tuple[float, int]:
+    """The median in ms, and the repetitions it was taken from, which under ``group`` must be those of all ranks."""
+    once = torch.tensor(measure(lambda _: call(), settings.device, repetitions=1, warmup=1).p50_ms, device=settings.device)
+    if group is not None:
+        dist.all_reduce(once, dist.ReduceOp.MAX, group=group)
+    repetitions = min(settings.repetitions, max(3, int(settings.seconds * 1e3 / max(float(once), 1e-3))))
+    return measure(lambda _: call(), settings.device, repetitions=repetitions, warmup=1).p50_ms, repetitions
+
+
+def _slowest(figures: _Figures, settings: Settings) -> _Figures:
+    """The largest of every figure over the ranks."""
+    named = {
+        (name, pass_): values
+        for name, by_pass in zip(figures._fields[:4], figures[:4], strict=True)
+        for pass_, values in by_pass.items()
+    }
+    flat = [float(x) for values in named.values() for x in (values if isinstance(values, tuple) else (values,))]
+    largest = torch.tensor([*flat, figures.remote_blocks_needed], dtype=torch.float64, device=settings.device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=settings.group)
+    left = iter(largest.tolist())
+    found: dict[str, dict] = {name: {} for name in figures._fields[:4]}
+    for (name, pass_), values in named.items():
+        found[name][pass_] = (int(next(left)), int(next(left))) if isinstance(values, tuple) else next(left)
+    return _Figures(**found, remote_blocks_needed=next(left))

@@ -1,14 +1,31 @@
-"""Benchmark inputs: random queries, whose neighbours choose independently, and drifting ones, whose neighbours agree."""
+"""Benchmark inputs: random queries, whose neighbours choose independently, drifting ones, which agree, and a trained model's."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import pickle
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from nsa_cp.config import NSAConfig
+from nsa_cp.config import NSAConfig, RotaryConfig
 from nsa_cp.ops import compress_kv, initial_compressor_weights, select_blocks
+from nsa_cp.ops.rope import apply_rope, rotary_tables
+
+KINDS = ("random", "drifting", "trained")
+# Agreement of neighbours that drifting inputs are made for.
+AGREEMENT = 0.8
+# Tokens times groups on which they are calibrated, where the layout has as many.
+_CALIBRATION_ROWS = 1 << 18
+_TRAINED_KEYS = ("q", "k", "v", "gates", "k_weights", "v_weights", "config")
+# Of a trained file's settings: those that must be the benchmark's, and those that the benchmark takes over.
+_SIZES = (
+    "compress_block_size", "compress_stride", "select_block_size", "num_selected_blocks", "num_init_blocks",
+    "num_local_blocks", "window_size",
+)  # fmt: skip
+_FORMS = ("compressor", "shared_kv", "gate")
 
 
 @dataclass(frozen=True)
@@ -37,6 +54,11 @@ class HeadLayout:
             ) from None
         return cls(num_heads, num_groups, qk_dim, v_dim)
 
+    def __str__(self) -> str:
+        """The form that :meth:`parse` reads."""
+        dims = f"{self.qk_dim}" if self.qk_dim == self.v_dim else f"{self.qk_dim}/{self.v_dim}"
+        return f"{self.num_heads}/{self.num_groups}x{dims}"
+
 
 @dataclass
 class AttentionInputs:
@@ -57,17 +79,29 @@ class AttentionInputs:
 
 
 def make_inputs(
-    config: NSAConfig, heads: HeadLayout, seq_len: int, kind: str, *, seed: int, device: torch.device, dtype: torch.dtype
+    config: NSAConfig,
+    heads: HeadLayout,
+    seq_len: int,
+    kind: str,
+    *,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    trained_file: Path | None = None,
 ) -> AttentionInputs:
     """Inputs of one sequence.
 
     Args:
         kind: ``random``: queries of neighbouring tokens are independent; ``drifting``: they change so slowly that a query
-            keeps about 80% of the blocks its predecessor chose freely.
+            keeps about 80% of the blocks its predecessor chose freely; ``trained``: what one layer of a trained model makes
+            of a text, see :func:`trained_inputs`.
+        trained_file: the file of ``trained`` inputs.
 
     Raises:
-        ValueError: an unknown kind.
+        ValueError: an unknown kind, or a file that is missing or does not fit.
     """
+    if kind not in KINDS:
+        raise ValueError(f"inputs {kind!r} are unknown; use one of {', '.join(KINDS)}")
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -77,11 +111,14 @@ def make_inputs(
         initial = initial_compressor_weights(config, heads.num_groups, dim)
         return tuple(w.to(device, dtype).requires_grad_() for w in initial)
 
-    if kind not in ("random", "drifting"):
-        raise ValueError(f"inputs {kind!r} are unknown; use 'random' or 'drifting'")
+    grad = normal(seq_len, heads.num_heads, heads.v_dim)
+    if kind == "trained":
+        if trained_file is None:
+            raise ValueError("inputs 'trained' need a file of a trained model's tensors; give one with --trained-file FILE")
+        return trained_inputs(trained_file, config, heads, grad)
     q = normal(seq_len, heads.num_heads, heads.qk_dim)
     if kind == "drifting":
-        q = _smooth(q, _memory_for_agreement(config, heads, 0.8, device, dtype))
+        q = smooth(q, memory_for_agreement(config, heads, seq_len, AGREEMENT, device, dtype))
     branches, groups = config.num_branch_kv, heads.num_groups
     return AttentionInputs(
         q=q.requires_grad_(),
@@ -90,8 +127,74 @@ def make_inputs(
         gates=torch.rand(seq_len, heads.num_heads, 3, generator=generator, device=device).to(dtype).requires_grad_(),
         k_weights=weights(heads.qk_dim),
         v_weights=weights(heads.v_dim),
-        grad=normal(seq_len, heads.num_heads, heads.v_dim),
+        grad=grad,
     )
+
+
+def trained_inputs(path: Path, config: NSAConfig, heads: HeadLayout, grad: torch.Tensor) -> AttentionInputs:
+    """One layer's tensors from a file, tiled or cut to the length of ``grad`` [S, N, Dv], on its device and in its dtype.
+
+    Args:
+        path: a ``torch.save`` of a dict: ``q`` [T, N, Dk]; ``k`` and ``v``, tuples of [T, G, Dk] and [T, G, Dv] for each
+            branch; ``gates`` [T, N or 1, 3] in (0, 1); ``k_weights`` and ``v_weights``, tuples; ``config``, the fields of
+            the layer's NSAConfig; and, if q and k are not rotated yet, ``rotary``, the fields of its RotaryConfig.
+        config: settings to measure with. Its compressor and shared_kv must be the file's (:func:`trained_config`).
+
+    Raises:
+        ValueError: a file of another form, heads, or settings; the message says both.
+    """
+    saved = _read_trained(path)
+    saved_config = trained_config(path, config)
+    if saved_config != config:
+        raise ValueError(f"{path} was made with {saved_config}, not {config}; measure with its compressor and shared_kv")
+    q, k, v = saved["q"], tuple(saved["k"]), tuple(saved["v"])
+    found = HeadLayout(q.shape[1], v[0].shape[1], q.shape[2], v[0].shape[2])
+    if found != heads:
+        raise ValueError(f"{path} holds heads {found}, not {heads}; measure with --heads {found}")
+    if saved.get("rotary"):
+        # The benchmark's attention has no rotation of its own. Keys are then compressed after it, as compressed_rope = "before".
+        position = torch.arange(q.shape[0], dtype=torch.int32)
+        tables = rotary_tables(position, RotaryConfig(**saved["rotary"]), q.shape[-1], torch.float32)
+        q, k = apply_rope(q, *tables), tuple(apply_rope(x, *tables) for x in k)
+    rows = torch.arange(grad.shape[0]) % q.shape[0]
+
+    def leaf(x: torch.Tensor) -> torch.Tensor:
+        return x.detach().to(grad.device, grad.dtype, copy=True).requires_grad_()
+
+    def cut(x: torch.Tensor) -> torch.Tensor:
+        return leaf(x[rows])
+
+    return AttentionInputs(
+        q=cut(q), k=tuple(map(cut, k)), v=tuple(map(cut, v)), gates=cut(saved["gates"]),
+        k_weights=tuple(map(leaf, saved["k_weights"])), v_weights=tuple(map(leaf, saved["v_weights"])), grad=grad,
+    )  # fmt: skip
+
+
+def trained_config(path: Path, config: NSAConfig) -> NSAConfig:
+    """``config`` with the file's compressor and sharing of K/V, which its tensors have; sizes must be equal.
+
+    Raises:
+        ValueError: no such file, another form, or other sizes; the message names both and the remedy.
+    """
+    saved = _read_trained(path)["config"]
+    other = {name: (saved[name], getattr(config, name)) for name in _SIZES if saved[name] != getattr(config, name)}
+    if other:
+        told = ", ".join(f"{name} = {theirs} (asked for: {ours})" for name, (theirs, ours) in other.items())
+        options = " ".join(f"--{name.replace('_', '-')} {theirs}" for name, (theirs, _) in other.items())
+        raise ValueError(f"{path} was made with {told}; measure with {options}")
+    return replace(config, compressor=saved["compressor"], shared_kv=saved["shared_kv"], gate=saved["gate"])
+
+
+def _read_trained(path: Path) -> dict[str, Any]:
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is no file of trained inputs: {str(error).splitlines()[0]}") from error
+    missing = set(_TRAINED_KEYS) - set(saved) if isinstance(saved, dict) else set(_TRAINED_KEYS)
+    missing |= {f"config.{name}" for name in (*_SIZES, *_FORMS) if name not in saved["config"]} if not missing else set()
+    if missing:
+        raise ValueError(f"{path} is no file of trained inputs: it lacks {', '.join(sorted(missing))}")
+    return saved
 
 
 def neighbour_agreement(blocks: torch.Tensor, config: NSAConfig) -> float:
@@ -112,7 +215,7 @@ def neighbour_agreement(blocks: torch.Tensor, config: NSAConfig) -> float:
     return kept / max(1, total)
 
 
-def _smooth(q: torch.Tensor, memory: float) -> torch.Tensor:
+def smooth(q: torch.Tensor, memory: float) -> torch.Tensor:
     """A stationary first-order process of unit variance along the tokens: correlation ``memory`` between neighbours."""
     length = min(256, q.shape[0])
     step = torch.arange(length, device=q.device)
@@ -129,16 +232,35 @@ def _smooth(q: torch.Tensor, memory: float) -> torch.Tensor:
 
 
 @lru_cache(maxsize=64)
-def _memory_for_agreement(config: NSAConfig, heads: HeadLayout, target: float, device: torch.device, dtype: torch.dtype) -> float:
-    """The correlation of neighbouring queries at which they agree to ``target``, by bisection on a short sequence."""
-    low, high = 0.5, 0.9999
-    one_group = HeadLayout(heads.num_heads // heads.num_groups, 1, heads.qk_dim, heads.v_dim)
-    length = 8 * config.num_selected_blocks * config.select_block_size
-    inputs = make_inputs(config, one_group, length, "random", seed=1, device=device, dtype=dtype)
+def memory_for_agreement(
+    config: NSAConfig, heads: HeadLayout, seq_len: int, target: float, device: torch.device, dtype: torch.dtype
+) -> float:
+    """The correlation of neighbouring queries at which they agree to ``target``, by bisection; recent answers are kept.
+
+    The same queries agree less the more blocks there are, so the sequence has the full length. Slow queries are few
+    independent ones: short sequences are tried with several K/V groups, of long ones a group or two is enough.
+
+    Raises:
+        ValueError: a sequence so short that no query has a choice, or one on which no correlation gives the target.
+    """
+    groups = max(1, min(heads.num_groups, _CALIBRATION_ROWS // seq_len))
+    fewer = replace(heads, num_heads=heads.num_heads // heads.num_groups * groups, num_groups=groups)
+    inputs = make_inputs(config, fewer, seq_len, "random", seed=1, device=device, dtype=dtype)
     with torch.no_grad():
-        k_cmp, _ = compress_kv(inputs.k[0], inputs.v[0], inputs.k_weights, inputs.v_weights, config)
-        for _ in range(12):
+        k_cmp, _ = compress_kv(inputs.k[0], inputs.v[0], inputs.k_weights, inputs.v_weights, config, backend=config.backend)
+
+        def agreement(memory: float) -> float:
+            return neighbour_agreement(select_blocks(smooth(inputs.q, memory), k_cmp, config, backend=config.backend), config)
+
+        # Correlations near 1 matter: the bisection is on the logarithm of 1 - memory.
+        low, high = 0.5, 0.99999
+        reached = agreement(high)
+        if reached < target:
+            raise ValueError(
+                f"drifting inputs of {seq_len} tokens reach an agreement of {reached:.2f} at most, not {target}; measure at "
+                f"least {4 * config.num_selected_blocks * config.select_block_size} tokens"
+            )
+        for _ in range(14):
             memory = 1 - ((1 - low) * (1 - high)) ** 0.5
-            blocks = select_blocks(_smooth(inputs.q, memory), k_cmp, config, backend=config.backend)
-            low, high = (memory, high) if neighbour_agreement(blocks, config) < target else (low, memory)
-    return memory
+            low, high = (memory, high) if agreement(memory) < target else (low, memory)
+    return high

@@ -7,7 +7,9 @@ from collections import defaultdict
 from pathlib import Path
 
 # One validated set of hues, in a fixed order; an implementation keeps its colour in every plot.
-_COLOURS = {"nsa": "#2a78d6", "dense_cudnn": "#eb6834", "dense_flash": "#1baf7a"}
+_COLOURS = {
+    "nsa": "#2a78d6", "dense_cudnn": "#eb6834", "dense_flash": "#1baf7a", "fla": "#eda100", "flash_nsa": "#e87ba4",
+}  # fmt: skip
 _STAGE_COLOURS = ("#2a78d6", "#eb6834", "#1baf7a", "#eda100", "#e87ba4", "#008300")
 _INK, _MUTED, _GRID = "#0b0b0b", "#52514e", "#e1e0d9"
 
@@ -88,7 +90,7 @@ def _plot_times(totals: dict[tuple[str, str, str], dict[int, float]], path: Path
 
 
 def _plot_speedups(totals: dict[tuple[str, str, str], dict[int, float]], path: Path) -> Path:
-    figure, axes = _axes("NSA's speed-up over dense attention, forward and backward", "times faster")
+    figure, axes = _axes("NSA's speed-up over other attention, forward and backward", "times faster")
     cases = list(dict.fromkeys((heads, inputs) for heads, inputs, _ in totals))
     for (heads, inputs, impl), series in totals.items():
         own = totals.get((heads, inputs, "nsa"), {})

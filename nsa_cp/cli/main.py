@@ -1,4 +1,4 @@
-"""The command line: ``nsa-cp train | eval | bench | env``. Errors of the input are one sentence and exit code 2."""
+"""The command line: ``nsa-cp train | eval | bench | study | env``. Errors of the input are one sentence and exit code 2."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from nsa_cp.cli import bench
+from nsa_cp.cli import bench, study
 from nsa_cp.training.errors import UserError
 
 
@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--checkpoint", metavar="PATH", help="a checkpoint folder; default: the newest of the run")
     evaluate.set_defaults(run=_evaluate)
     bench.add_parser(commands)
+    study.add_parser(commands)
     env = commands.add_parser("env", help="what a bug report needs to know about this machine")
     env.set_defaults(run=_env)
     return parser

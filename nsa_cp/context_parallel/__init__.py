@@ -1,10 +1,12 @@
 """Context parallelism: who holds which rows, and how the rows that others need travel. No kernels, no global groups."""
 
+from nsa_cp.context_parallel.agreement import check_agreement, start_agreement
 from nsa_cp.context_parallel.differentiable import exchange_halo, gather_rows
 from nsa_cp.context_parallel.gather import RowGather, RowPartition, RowReduceScatter, RowRing
-from nsa_cp.context_parallel.group import agree_once, check_agreement, check_group, group_rank, group_size
+from nsa_cp.context_parallel.group import check_group, group_rank, group_size
 from nsa_cp.context_parallel.halo import HaloExchange, HaloRows
 from nsa_cp.context_parallel.layout import SequenceLayout
+from nsa_cp.context_parallel.traffic import Traffic, count_traffic
 
 __all__ = [
     "HaloExchange",
@@ -14,11 +16,13 @@ __all__ = [
     "RowReduceScatter",
     "RowRing",
     "SequenceLayout",
-    "agree_once",
+    "Traffic",
     "check_agreement",
     "check_group",
+    "count_traffic",
     "exchange_halo",
     "gather_rows",
     "group_rank",
     "group_size",
+    "start_agreement",
 ]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from nsa_cp.context_parallel import transfer
 from nsa_cp.context_parallel.group import group_rank, group_size
-from nsa_cp.context_parallel.transfer import PeerExchange, all_gather, as_bytes, pack, reduce_scatter, unpack
+from nsa_cp.context_parallel.runs import find_runs, join_runs, split_runs
+from nsa_cp.context_parallel.transfer import PeerExchange, Transfer, unpack
 
 
 class RowPartition:
@@ -21,7 +24,9 @@ class RowPartition:
 
     Attributes:
         counts: rows of each rank.
+        padded: the most rows of any rank: collectives move so many from each.
         rows: for each rank its ascending int64 rows.
+        runs: all rows as runs ``(rank, first row there, rows)`` in global order; None where they are many (see ``runs.py``).
     """
 
     def __init__(self, owner: np.ndarray, cp_size: int) -> None:
@@ -35,11 +40,34 @@ class RowPartition:
         for rank, rows in enumerate(self.rows):
             slot[rows] = rank * self.padded + np.arange(len(rows))
         self.slot = torch.from_numpy(slot)
+        self.runs = find_runs(owner, slot - owner.astype(np.int64) * self.padded)
 
     def to(self, device: torch.device) -> RowPartition:
         """Move the index tensor to ``device`` in place."""
         self.slot = self.slot.to(device)
         return self
+
+    def in_global_order(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
+        """[M, ...] from every rank's padded rows, [padded, ...] each, in rank order."""
+        if self.runs is None:
+            return torch.cat(list(shards)).index_select(0, self.slot)
+        return join_runs(shards, self.runs)
+
+    def in_rank_order(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The message of a reduce-scatter: for every rank its rows of each [M, ...] tensor, padded with zeros; flat."""
+        if self.runs is None:
+            padded = [
+                x.new_zeros(self.cp_size * self.padded, *x.shape[1:]).index_copy_(0, self.slot, x).view(self.cp_size, -1)
+                for x in tensors
+            ]
+            return torch.cat(padded, dim=1).flatten()
+        pieces = []
+        for rank, held in enumerate(self.counts):
+            for x in tensors:
+                pieces += [rows.reshape(-1) for rows in split_runs(x, self.runs, rank)]
+                if held < self.padded:
+                    pieces.append(x.new_zeros((self.padded - held) * x.shape[1:].numel()))
+        return torch.cat(pieces) if pieces else tensors[0].new_empty(0)
 
 
 class RowGather:
@@ -54,29 +82,24 @@ class RowGather:
     def __init__(self, tensors: Sequence[torch.Tensor], partition: RowPartition, group: dist.ProcessGroup | None) -> None:
         self.partition = partition
         self.tensors: Sequence[torch.Tensor] = tensors
-        self.work: dist.Work | None = None
+        self._transfer: Transfer | None = None
         if group_size(group) == 1:
             return
         self.tensors = ()
-        self.shapes = [x.shape[1:] for x in tensors]
-        self.message = pack([_pad_rows(x, partition.padded) for x in tensors])
-        self.buffer = self.message.new_empty(partition.cp_size * self.message.numel())
-        self.work = all_gather(as_bytes(self.buffer), as_bytes(self.message), group=group, async_op=True)
+        self.shapes = [(partition.padded, *x.shape[1:]) for x in tensors]
+        message = tensors[0].new_empty(sum(map(math.prod, self.shapes)))
+        for place, x in zip(unpack(message, self.shapes), tensors, strict=True):
+            place[: len(x)] = x
+        self._transfer = transfer.all_gather(message, group)
 
     def wait(self) -> list[torch.Tensor]:
         """Whole tensors [M, ...] in global row order."""
-        if self.work is None:
+        if self._transfer is None:
             return list(self.tensors)
-        self.work.wait()
-        shards = self.buffer.view(self.partition.cp_size, -1)
-        pieces, offset = [], 0
-        for shape in self.shapes:
-            width = self.partition.padded * shape.numel()
-            piece = shards[:, offset : offset + width].reshape(-1, *shape)
-            pieces.append(piece.index_select(0, self.partition.slot))
-            offset += width
-        del self.message, self.buffer
-        return pieces
+        (buffer,) = self._transfer.wait()
+        self._transfer = None
+        by_rank = [unpack(shard, self.shapes) for shard in buffer.view(self.partition.cp_size, -1)]
+        return [self.partition.in_global_order(shards) for shards in zip(*by_rank, strict=True)]
 
 
 class RowReduceScatter:
@@ -89,29 +112,22 @@ class RowReduceScatter:
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor], partition: RowPartition, group: dist.ProcessGroup | None) -> None:
-        self.partition = partition
         self.tensors: Sequence[torch.Tensor] = tensors
-        self.work: dist.Work | None = None
+        self._transfer: Transfer | None = None
         if group_size(group) == 1:
             return
         self.tensors = ()  # the message holds a copy
-        cp_size, padded = partition.cp_size, partition.padded
         self.count = partition.counts[group_rank(group)]
-        self.shapes = [(padded, *x.shape[1:]) for x in tensors]
-        shards = [
-            x.new_zeros(cp_size * padded, *x.shape[1:]).index_copy_(0, partition.slot, x).view(cp_size, -1) for x in tensors
-        ]
-        self.message = torch.cat(shards, dim=1).flatten()
-        self.result = self.message.new_empty(self.message.numel() // cp_size)
-        self.work = reduce_scatter(self.result, self.message, group=group, async_op=True)
+        self.shapes = [(partition.padded, *x.shape[1:]) for x in tensors]
+        self._transfer = transfer.reduce_scatter(partition.in_rank_order(tensors), group)
 
     def wait(self) -> list[torch.Tensor]:
         """Summed gradients of this rank's rows, [count, ...] each."""
-        if self.work is None:
+        if self._transfer is None:
             return list(self.tensors)
-        self.work.wait()
-        del self.message
-        return [x[: self.count] for x in unpack(self.result, self.shapes)]
+        (result,) = self._transfer.wait()
+        self._transfer = None
+        return [x[: self.count] for x in unpack(result, self.shapes)]
 
 
 class RowRing:
@@ -148,9 +164,3 @@ class RowRing:
             shard = self._pending.wait()[(self.rank - 1) % self.cp_size]
             self._pending = self._pass_on(shard, source) if step + 1 < self.cp_size else None
             yield source, shard
-
-
-def _pad_rows(x: torch.Tensor, count: int) -> torch.Tensor:
-    if x.shape[0] == count:
-        return x
-    return torch.cat([x, x.new_zeros(count - x.shape[0], *x.shape[1:])])

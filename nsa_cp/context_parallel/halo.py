@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from nsa_cp.context_parallel.group import group_rank
 from nsa_cp.context_parallel.layout import SequenceLayout
+from nsa_cp.context_parallel.runs import find_runs, join_runs, split_runs
 from nsa_cp.context_parallel.transfer import PeerExchange
 
 
@@ -23,22 +22,28 @@ class HaloRows:
 
     Attributes:
         buffer_rows: ascending int64 global rows of the merged buffer [M].
+        arrival: global rows received, int64: grouped by the rank they come from, ascending within each.
+        order: row of (own rows, then received ones) at each row of the buffer, int64 [M].
+        runs: the same as runs of own (0) and received (1) rows; None where they are many (see ``runs.py``).
+        send: for each rank the local rows it needs, int64.
     """
 
     def __init__(self, layout: SequenceLayout, depth: int) -> None:
-        rank, self.cp_size = layout.cp_rank, layout.cp_size
+        rank, self.cp_size, self.depth = layout.cp_rank, layout.cp_size, depth
         needed = layout.halo_rows(rank, depth)
         source = layout.row_owner[needed]
         self.receive_counts = tuple(np.bincount(source, minlength=layout.cp_size).tolist())
-        # Received rows arrive grouped by source rank, ascending within each.
-        arrival = needed[np.argsort(source, kind="stable")]
-        merged = np.concatenate([layout.local_rows, arrival])
-        self.order = torch.from_numpy(np.argsort(merged, kind="stable"))
+        self.arrival = needed[np.argsort(source, kind="stable")]
+        merged = np.concatenate([layout.local_rows, self.arrival])
+        order = np.argsort(merged, kind="stable")
+        self.order = torch.from_numpy(order)
         self.buffer_rows = np.sort(merged)
-        self.num_own, self.num_received = len(layout.local_rows), len(arrival)
+        self.num_own, self.num_received = len(layout.local_rows), len(self.arrival)
+        self.runs = find_runs(order >= self.num_own, np.where(order >= self.num_own, order - self.num_own, order))
         self.send: tuple[torch.Tensor, ...] = tuple(
             torch.from_numpy(_rows_sent(layout, depth, destination)) for destination in range(layout.cp_size)
         )
+        self._within: dict[int, torch.Tensor] = {}
 
     def to(self, device: torch.device) -> HaloRows:
         """Move the index tensors to ``device`` in place."""
@@ -50,6 +55,28 @@ class HaloRows:
     def is_local(self) -> bool:
         """Nothing is sent or received by this rank."""
         return self.num_received == 0 and all(len(index) == 0 for index in self.send)
+
+    def within(self, deeper: HaloRows) -> torch.Tensor:
+        """Where this halo's received rows stand among those of a deeper halo of the same layout, int64."""
+        if deeper.depth not in self._within:
+            order = np.argsort(deeper.arrival, kind="stable")
+            place = order[np.searchsorted(deeper.arrival[order], self.arrival)]
+            self._within[deeper.depth] = torch.from_numpy(place).to(self.order.device)
+        return self._within[deeper.depth]
+
+    def merge(self, own: torch.Tensor, received: torch.Tensor) -> torch.Tensor:
+        """The buffer [M, ...] from own and received rows."""
+        if self.runs is None:
+            return torch.cat([own, received]).index_select(0, self.order)
+        return join_runs([own, received], self.runs)
+
+    def separate(self, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of own and received rows of a buffer [M, ...]; the inverse of :meth:`merge`."""
+        if self.runs is None:
+            rows = torch.empty_like(buffer).index_copy_(0, self.order, buffer)
+            return rows[: self.num_own], rows[self.num_own :]
+        own, received = (torch.cat([buffer[:0], *split_runs(buffer, self.runs, source)]) for source in (0, 1))
+        return own, received
 
 
 def _rows_sent(layout: SequenceLayout, depth: int, destination: int) -> np.ndarray:
@@ -65,14 +92,25 @@ class HaloExchange:
     """One exchange for several tensors that may need halos of different depth; one message for each pair of ranks.
 
     Args:
-        halos: for each tensor its :class:`HaloRows`.
+        halos: for each tensor its :class:`HaloRows`, all of one layout.
         group: context-parallel group, or None for a single process.
+        same_as: for each tensor the number of the first one that is the same tensor (its own number where none is before).
+            Equal tensors travel once, with the deepest of their halos, and so do the sums of their gradients. None: all differ.
     """
 
-    def __init__(self, halos: Sequence[HaloRows], group: dist.ProcessGroup | None) -> None:
+    def __init__(self, halos: Sequence[HaloRows], group: dist.ProcessGroup | None, same_as: Sequence[int] | None = None) -> None:
         self.halos = tuple(halos)
         self.group = group
-        self.rank = group_rank(group)
+        first = tuple(range(len(self.halos))) if same_as is None else tuple(same_as)
+        # For each tensor the number of the one that travels for it.
+        self.carrier = tuple(
+            max((j for j, other in enumerate(first) if other == source), key=lambda j: self.halos[j].depth) for source in first
+        )
+        self.carried = sorted(set(self.carrier))
+        # Ranks that rows go to and come from: few of many, so that the cost does not grow with their number.
+        travelling = [self.halos[i] for i in self.carried]
+        self._destinations = [r for r in range(self.halos[0].cp_size) if any(len(halo.send[r]) for halo in travelling)]
+        self._sources = [r for r in range(self.halos[0].cp_size) if any(halo.receive_counts[r] for halo in travelling)]
         self._exchange: PeerExchange | None = None
         self._own: tuple[torch.Tensor, ...] = ()
 
@@ -81,14 +119,9 @@ class HaloExchange:
         self._own = tuple(tensors)
         if all(halo.is_local for halo in self.halos):
             return
-        peers = [peer for peer in range(self.halos[0].cp_size) if peer != self.rank]
-        outgoing = {
-            peer: [x.index_select(0, halo.send[peer]) for x, halo in zip(tensors, self.halos, strict=True)] for peer in peers
-        }
-        expected = {
-            peer: [(halo.receive_counts[peer], *x.shape[1:]) for x, halo in zip(tensors, self.halos, strict=True)]
-            for peer in peers
-        }
+        pairs = [(tensors[i], self.halos[i]) for i in self.carried]
+        outgoing = {peer: [x.index_select(0, halo.send[peer]) for x, halo in pairs] for peer in self._destinations}
+        expected = {peer: [(halo.receive_counts[peer], *x.shape[1:]) for x, halo in pairs] for peer in self._sources}
         self._exchange = PeerExchange(outgoing, expected, tensors[0], self.group)
 
     def wait(self) -> list[torch.Tensor]:
@@ -97,40 +130,46 @@ class HaloExchange:
         if self._exchange is None:
             # Without remote rows the local rows already are the buffer.
             return list(own)
-        received = self._exchange.wait()
+        messages = self._exchange.wait()
         self._exchange = None
-        return [
-            torch.cat([x, *(rows[i] for _, rows in sorted(received.items()))]).index_select(0, halo.order)
-            for i, (x, halo) in enumerate(zip(own, self.halos, strict=True))
-        ]
+        arrived = {
+            i: torch.cat([own[i][:0], *(messages[peer][place] for peer in self._sources)]) for place, i in enumerate(self.carried)
+        }
+        buffers = []
+        for i, (x, halo, carrier) in enumerate(zip(own, self.halos, self.carrier, strict=True)):
+            rows = arrived[carrier]
+            buffers.append(halo.merge(x, rows if carrier == i else rows.index_select(0, halo.within(self.halos[carrier]))))
+        return buffers
 
     def start_return(self, gradients: Sequence[torch.Tensor]) -> None:
         """Send the halo rows of buffer gradients ([M, ...] each) back to their owners."""
         if all(halo.is_local for halo in self.halos):
             self._own = tuple(gradients)
             return
-        own = []
-        outgoing: dict[int, list[torch.Tensor]] = defaultdict(list)
-        expected: dict[int, list[tuple[int, ...]]] = defaultdict(list)
-        for gradient, halo in zip(gradients, self.halos, strict=True):
-            arrival = torch.empty_like(gradient).index_copy_(0, halo.order, gradient)
-            own.append(arrival[: halo.num_own])
-            for peer, rows in enumerate(arrival[halo.num_own :].split(halo.receive_counts)):
-                if peer != self.rank:
-                    outgoing[peer].append(rows)
-                    expected[peer].append((len(halo.send[peer]), *gradient.shape[1:]))
-        self._own = tuple(own)
+        parts = [halo.separate(gradient) for gradient, halo in zip(gradients, self.halos, strict=True)]
+        self._own = tuple(own for own, _ in parts)
+        for i, carrier in enumerate(self.carrier):
+            if i != carrier:
+                parts[carrier][1][self.halos[i].within(self.halos[carrier])] += parts[i][1]
+        rows = [parts[i][1].split(self.halos[i].receive_counts) for i in self.carried]
+        outgoing = {peer: [by_rank[peer] for by_rank in rows] for peer in self._sources}
+        expected = {
+            peer: [(len(self.halos[i].send[peer]), *gradients[i].shape[1:]) for i in self.carried] for peer in self._destinations
+        }
         self._exchange = PeerExchange(outgoing, expected, gradients[0], self.group)
 
     def wait_return(self) -> list[torch.Tensor]:
-        """Gradients of the local rows [T, ...], what other ranks computed added in rank order."""
+        """Gradients of the local rows [T, ...], what other ranks computed added in rank order.
+
+        Of equal tensors the one with the deepest halo gets all of it; their sum is the gradient.
+        """
         own, self._own = self._own, ()
         if self._exchange is None:
             return list(own)
-        received = self._exchange.wait()
+        messages = self._exchange.wait()
         self._exchange = None
-        for peer, tensors in sorted(received.items()):
-            for gradient, halo, rows in zip(own, self.halos, tensors, strict=True):
+        for peer in self._destinations:
+            for i, rows in zip(self.carried, messages[peer], strict=True):
                 if len(rows):
-                    gradient[halo.send[peer]] += rows
+                    own[i][self.halos[i].send[peer]] += rows
         return list(own)

@@ -1,16 +1,18 @@
-"""Asynchronous point-to-point messages: several tensors to each peer, packed into one message."""
+"""Everything that travels: asynchronous collectives and point-to-point messages, issued in one place and counted there."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 
+from nsa_cp.context_parallel.traffic import record
+
 # torch 2.13 renamed these two; the older names still work there but warn.
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def pack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -27,6 +29,89 @@ def unpack(message: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[tor
 def as_bytes(x: torch.Tensor) -> torch.Tensor:
     """The same memory as uint8: what is moved and not computed with travels so on every backend, bfloat16 included."""
     return x.view(torch.uint8)
+
+
+class Transfer:
+    """Messages in flight.
+
+    Args:
+        received: buffers that are being filled.
+        sent: what is being read; kept until waited for, because the transport reads it after the call returns.
+        works: what to wait for.
+    """
+
+    def __init__(
+        self, received: Sequence[torch.Tensor], sent: Sequence[torch.Tensor] = (), works: Sequence[dist.Work] = ()
+    ) -> None:
+        self._received, self._sent, self._works = list(received), sent, works
+
+    def wait(self) -> list[torch.Tensor]:
+        """The received buffers, filled (on CUDA: for whatever the current stream does next).
+
+        Raises:
+            RuntimeError: a rank died or gave up (at once or at the process group's timeout; with NCCL torch's watchdog
+                ends the process instead).
+        """
+        try:
+            for work in self._works:
+                work.wait()
+        except RuntimeError as error:
+            raise RuntimeError(f"a transfer between context-parallel ranks failed: {lost_rank(error)}") from error
+        self._sent, self._works = (), ()
+        return self._received
+
+
+def lost_rank(error: RuntimeError) -> str:
+    """What a transport's error means, and what to do."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"a rank died, raised an error of its own or did not take part within the process group's timeout; look for the "
+        f"first error in the logs of the other ranks ({reason})"
+    )
+
+
+def issue(
+    pattern: str,
+    sent: Sequence[torch.Tensor],
+    received: Sequence[torch.Tensor],
+    volume: tuple[int, int],
+    launch: Callable[[], Sequence[dist.Work]],
+) -> Transfer:
+    """Start a transfer: the one door that everything passes.
+
+    Args:
+        pattern: ``all_gather``, ``reduce_scatter`` or ``exchange``.
+        volume: bytes that leave and reach this rank.
+        launch: makes the calls of torch.distributed that fill ``received`` from ``sent``.
+    """
+    record(pattern, *volume)
+    return Transfer(received, sent, launch())
+
+
+def all_gather(message: torch.Tensor, group: dist.ProcessGroup) -> Transfer:
+    """Every rank's ``message`` (one size on all ranks) in rank order, as one flat buffer."""
+    received = message.new_empty(group.size() * message.numel())
+    volume = (group.size() - 1) * message.nbytes
+    return issue(
+        "all_gather",
+        [message],
+        [received],
+        (volume, volume),
+        lambda: [_all_gather(as_bytes(received), as_bytes(message), group=group, async_op=True)],
+    )
+
+
+def reduce_scatter(message: torch.Tensor, group: dist.ProcessGroup) -> Transfer:
+    """This rank's part of the sum over ranks of ``message``: as many equal parts as ranks, in rank order."""
+    received = message.new_empty(message.numel() // group.size())
+    volume = (group.size() - 1) * received.nbytes
+    return issue(
+        "reduce_scatter",
+        [message],
+        [received],
+        (volume, volume),
+        lambda: [_reduce_scatter(received, message, group=group, async_op=True)],
+    )
 
 
 class PeerExchange:
@@ -50,20 +135,22 @@ class PeerExchange:
         group: dist.ProcessGroup,
     ) -> None:
         self.expected = expected
-        self.incoming = {peer: like.new_empty(sum(map(math.prod, shapes))) for peer, shapes in expected.items()}
-        # Kept until waited for: the transport reads them after this call returns.
-        self.messages = {peer: pack(tensors) for peer, tensors in outgoing.items()}
-        operations = [
-            dist.P2POp(transport, as_bytes(message), group=group, group_peer=peer)
-            for transport, messages in ((dist.isend, self.messages), (dist.irecv, self.incoming))
-            for peer, message in messages.items()
-            if message.numel()
-        ]
-        self.work = dist.batch_isend_irecv(operations) if operations else []
+        incoming = {peer: like.new_empty(sum(map(math.prod, shapes))) for peer, shapes in expected.items()}
+        messages = {peer: pack(tensors) for peer, tensors in outgoing.items()}
+
+        def launch() -> Sequence[dist.Work]:
+            operations = [
+                dist.P2POp(transport, as_bytes(message), group=group, group_peer=peer)
+                for transport, side in ((dist.isend, messages), (dist.irecv, incoming))
+                for peer, message in side.items()
+                if message.numel()
+            ]
+            return dist.batch_isend_irecv(operations) if operations else []
+
+        volume = tuple(sum(message.nbytes for message in side.values()) for side in (messages, incoming))
+        self._transfer = issue("exchange", list(messages.values()), list(incoming.values()), volume, launch)
 
     def wait(self) -> dict[int, list[torch.Tensor]]:
         """For each peer in ``expected`` what it sent, as views of the received message."""
-        for work in self.work:
-            work.wait()
-        self.messages = {}
-        return {peer: unpack(buffer, self.expected[peer]) for peer, buffer in self.incoming.items()}
+        received = self._transfer.wait()
+        return {peer: unpack(buffer, shapes) for buffer, (peer, shapes) in zip(received, self.expected.items(), strict=True)}

@@ -22,6 +22,7 @@ from nsa_cp.context_parallel import SequenceLayout
 from nsa_cp.megatron.config import AttentionSettings, parameter_device, settings_of
 from nsa_cp.megatron.gate import BranchGate
 from nsa_cp.megatron.layout import sequence_layout
+from nsa_cp.megatron.recompute import reuse_selections
 
 
 class NSASelfAttention(MegatronModule):
@@ -75,6 +76,8 @@ class NSASelfAttention(MegatronModule):
         self.checkpoint_core_attention = (
             config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
         )
+        if config.recompute_granularity is not None:
+            reuse_selections()
         self.linear_qkv = build_module(
             submodules.linear_qkv,
             config.hidden_size,

@@ -10,20 +10,19 @@ import torch
 from nsa_cp.ops.dispatch import accumulator_dtype
 
 
-class GateGradients(NamedTuple):
-    """What the branches' backward passes start from.
+class BranchStatistics(NamedTuple):
+    """Row statistics that one branch's backward starts from, [T, N] in the accumulator's dtype.
 
-    dgates [T, N or 1, 3] in the gates' dtype; gate and delta: for each branch [T, N] in the accumulator's dtype, with
-    delta = gate * sum(grad * out).
+    shift: ``lse - log(gate)``: ``exp(score - shift)`` is the gate times the softmax. +inf, which makes it 0, where the row sees
+    nothing or the gate is 0. delta: ``sum(grad * out)``, without the gate; the gradient of the gate.
     """
 
-    dgates: torch.Tensor
-    gate: tuple[torch.Tensor, ...]
-    delta: tuple[torch.Tensor, ...]
+    shift: torch.Tensor
+    delta: torch.Tensor
 
 
 def combine_forward(outs: Sequence[torch.Tensor], gates: torch.Tensor, backend: str) -> torch.Tensor:
-    """``sum_b gates[..., b] * outs[b]``: outs [T, N, Dv] each, gates [T, N or 1, branches] in (0, 1); dtype of outs[0]."""
+    """``sum_b gates[..., b] * outs[b]``: outs [T, N, Dv] each, gates [T, N or 1, branches]; dtype of outs[0]."""
     if backend == "triton":
         from nsa_cp.kernels.gating.forward import combine_forward as kernel
 
@@ -33,23 +32,33 @@ def combine_forward(outs: Sequence[torch.Tensor], gates: torch.Tensor, backend: 
     return total.to(outs[0].dtype)
 
 
-def combine_backward(grad: torch.Tensor, outs: Sequence[torch.Tensor], gates: torch.Tensor, backend: str) -> GateGradients:
-    """Row sums r_b = sum(grad * out_b): the gates' gradient is r_b, the softmax delta of branch b is gate_b * r_b."""
-    accumulator = accumulator_dtype(grad)
-    gate = tuple(g.expand(-1, grad.shape[1]) for g in gates.to(accumulator).unbind(-1))
+def branch_statistics(
+    grad: torch.Tensor, outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor], gates: torch.Tensor, backend: str
+) -> list[BranchStatistics]:
+    """The statistics of each branch; ``grad`` [T, N, Dv] is the gradient of the gated sum."""
     if backend == "triton":
         from nsa_cp.kernels.gating.backward import combine_backward as kernel
 
-        dgates, delta = kernel(grad, outs, gates)
-        return GateGradients(dgates.to(gates.dtype), gate, delta)
-    row_sums = [(grad.to(accumulator) * out).sum(-1) for out in outs]
-    dgates = torch.stack(row_sums, -1)
-    if gates.shape[1] == 1:
-        dgates = dgates.sum(1, keepdim=True)
-    return GateGradients(dgates.to(gates.dtype), gate, tuple(g * r for g, r in zip(gate, row_sums, strict=True)))
+        return [BranchStatistics(*pair) for pair in zip(*kernel(grad, outs, lses, gates), strict=True)]
+    accumulator = accumulator_dtype(grad)
+    wide = grad.to(accumulator)
+    log_gates = gates.to(accumulator).log().expand(-1, grad.shape[1], -1).unbind(-1)
+    return [
+        BranchStatistics((lse - log_gate).masked_fill(lse == float("-inf"), float("inf")), (wide * out).sum(-1))
+        for out, lse, log_gate in zip(outs, lses, log_gates, strict=True)
+    ]
 
 
-def softmax_delta(grad: torch.Tensor, out: torch.Tensor, grad_lse: torch.Tensor, backend: str) -> torch.Tensor:
-    """``sum(grad * out) - grad_lse`` [T, N]: what an attention that returns its lse too starts its backward from."""
+def gate_gradients(statistics: Sequence[BranchStatistics], gates: torch.Tensor) -> torch.Tensor:
+    """Gradient of the gates, in their shape and dtype."""
+    row_sums = torch.stack([branch.delta for branch in statistics], -1)
+    return (row_sums if gates.shape[1] == row_sums.shape[1] else row_sums.sum(1, keepdim=True)).to(gates.dtype)
+
+
+def softmax_statistics(
+    grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, grad_lse: torch.Tensor, backend: str
+) -> BranchStatistics:
+    """The statistics of an attention without a gate that returns its lse too, whose gradient is ``grad_lse``."""
     ungated = grad.new_ones(1, 1, 1).expand(grad.shape[0], 1, 1)
-    return combine_backward(grad, [out], ungated, backend).delta[0] - grad_lse
+    shift, delta = branch_statistics(grad, [out], [lse], ungated, backend)[0]
+    return BranchStatistics(shift, delta - grad_lse)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from nsa_cp.ops.dispatch import accumulator_dtype
+from nsa_cp.ops.gating import BranchStatistics
 from nsa_cp.ops.intervals import Intervals
 
 # Scores held at once by the torch path, in elements: 64 MiB in float32.
@@ -44,7 +45,7 @@ def interval_attention_forward(
     if backend == "triton":
         from nsa_cp.kernels.interval_attention.forward import interval_attention_forward as kernel
 
-        return kernel(q, k, v, *intervals.of_queries, q.shape[-1] ** -0.5)
+        return kernel(q, k, v, *intervals.of_queries, q.shape[-1] ** -0.5, span=intervals.span)
     accumulator = accumulator_dtype(q)
     out = q.new_zeros(*q.shape[:2], v.shape[-1])
     lse = q.new_full(q.shape[:2], float("-inf"), dtype=accumulator)
@@ -64,9 +65,7 @@ def interval_attention_backward(
     k: torch.Tensor,
     v: torch.Tensor,
     grad: torch.Tensor,
-    lse: torch.Tensor,
-    delta: torch.Tensor,
-    gate: torch.Tensor | None,
+    statistics: BranchStatistics,
     intervals: Intervals,
     backend: str,
     dq: torch.Tensor | None = None,
@@ -75,17 +74,15 @@ def interval_attention_backward(
 
     Args:
         grad: upstream gradient [T, N, Dv] before the gate: the branch's own is ``gate * grad``, which is never formed.
-        lse: [T, N] over **all** keys of the query, also those of other buffers.
-        delta: [T, N], ``gate * sum(grad * out)``, in the accumulator's dtype.
-        gate: [T, N] in the accumulator's dtype, or None for 1.
+        statistics: of the branch, over **all** keys of the query, also those of other buffers.
         dq: accumulated into when given.
     """
     if backend == "triton":
         from nsa_cp.kernels.interval_attention.backward import interval_attention_backward as kernel
 
         bounds = (*intervals.of_queries, *intervals.of_keys)
-        return AttentionGradients(*kernel(q, k, v, grad, lse, delta, gate, *bounds, q.shape[-1] ** -0.5, dq=dq))
-    accumulator, scale = accumulator_dtype(q), q.shape[-1] ** -0.5
+        return AttentionGradients(*kernel(q, k, v, grad, *statistics, *bounds, q.shape[-1] ** -0.5, dq=dq))
+    (shift, delta), accumulator, scale = statistics, accumulator_dtype(q), q.shape[-1] ** -0.5
     dq = torch.zeros_like(q, dtype=accumulator) if dq is None else dq
     dk, dv = torch.zeros_like(k, dtype=accumulator), torch.zeros_like(v, dtype=accumulator)
     groups = k.shape[1]
@@ -93,10 +90,9 @@ def interval_attention_backward(
         if keys.start == keys.stop:
             continue
         count = rows.stop - rows.start
-        p = (_scores(q[rows], k[keys], hidden) - _heads_first(finite(lse[rows]), groups)).exp_()
+        # The gate times the softmax.
+        p = (_scores(q[rows], k[keys], hidden) - _heads_first(shift[rows], groups)).exp_()
         upstream = _to_groups(grad[rows], groups)
-        if gate is not None:
-            upstream = upstream * _heads_first(gate[rows], groups).flatten(1, 2)
         dp = (upstream @ _group_first(v[keys]).mT).view_as(p)
         ds = dp.sub_(_heads_first(delta[rows], groups)).mul_(p).flatten(1, 2)
         dq[rows] += _from_groups(ds @ _group_first(k[keys]), count) * scale

@@ -20,17 +20,23 @@ class Intervals:
         end: int64 [T], not descending, at least ``begin``.
         num_keys: M, rows of the key buffer.
         device: where the index tensors for kernels live.
+        span: most keys that any query of any rank may see, the same on all ranks; default ``num_keys``.
     """
 
-    def __init__(self, begin: np.ndarray, end: np.ndarray, num_keys: int, device: torch.device) -> None:
+    def __init__(
+        self, begin: np.ndarray, end: np.ndarray, num_keys: int, device: torch.device, span: int | None = None
+    ) -> None:
         assert len(begin) == len(end) and np.all(begin <= end)
         assert np.all(np.diff(begin) >= 0) and np.all(np.diff(end) >= 0), "rows must stand in global order"
         self.begin, self.end, self.num_keys, self.device = begin, end, num_keys, device
+        self.span = num_keys if span is None else span
 
     @classmethod
-    def between(cls, low: np.ndarray, high: np.ndarray, keys: np.ndarray, device: torch.device) -> Intervals:
+    def between(
+        cls, low: np.ndarray, high: np.ndarray, keys: np.ndarray, device: torch.device, span: int | None = None
+    ) -> Intervals:
         """Queries that see the keys with global index in ``low[t] .. high[t]``, in a buffer that holds ``keys``, ascending."""
-        return cls(np.searchsorted(keys, low), np.searchsorted(keys, high), len(keys), device)
+        return cls(np.searchsorted(keys, low), np.searchsorted(keys, high), len(keys), device, span)
 
     @cached_property
     def of_queries(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,14 +1,15 @@
-"""The whole of Native Sparse Attention as one autograd Function, on one process and under context parallelism alike.
+"""The whole of Native Sparse Attention as two autograd Functions, on one process and under context parallelism alike.
 
-One Function, so that communication is issued early and awaited late, gates are never materialised against the branches, and
-only what the backward needs is kept: inputs, the three branch outputs and log-sum-exps, and the chosen blocks. What came
-from other ranks is fetched again in the backward.
+One Function holds the three branches, so that communication is issued early and awaited late; it keeps its inputs and the chosen
+blocks, and what came from other ranks is fetched again in the backward. The other is the gated sum. It keeps the branch
+outputs, three times the size of q, and its backward turns them into row statistics: by the time the branches' backward
+allocates anything, autograd has let go of them. Gates are never multiplied with a branch's gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -22,24 +23,21 @@ from nsa_cp.context_parallel import (
     RowReduceScatter,
     RowRing,
     SequenceLayout,
-    agree_once,
     check_group,
     group_size,
+    start_agreement,
 )
 from nsa_cp.context_parallel.autograd import exact_backward, exact_forward
+from nsa_cp.ops.branches import Branch, BranchesBackward
 from nsa_cp.ops.checks import check_heads, check_rows
 from nsa_cp.ops.compression import CompressorWeights, check_compressor_weights, compress
 from nsa_cp.ops.dispatch import accumulator_dtype, resolve_backend
-from nsa_cp.ops.gating import combine_backward, combine_forward
-from nsa_cp.ops.interval_attention import interval_attention_backward, interval_attention_forward, merge_attention
+from nsa_cp.ops.gating import BranchStatistics, branch_statistics, combine_forward, gate_gradients
+from nsa_cp.ops.interval_attention import interval_attention_forward, merge_attention
 from nsa_cp.ops.plan import NSAPlan, get_plan
 from nsa_cp.ops.rope import apply_rope, rotary_tables
-from nsa_cp.ops.selected import selected_attention_backward, selected_attention_forward
+from nsa_cp.ops.selected import selected_attention_forward
 from nsa_cp.ops.selection import select_blocks_forward
-
-# Bytes of the float32 query gradient held at once in the backward.
-DQ_BUDGET = 1 << 29
-
 
 class NSAOutput(NamedTuple):
     """Result of :func:`native_sparse_attention` for the local rows; all but ``out`` carry no gradient.
@@ -74,7 +72,7 @@ def native_sparse_attention(
     Args:
         q: [T, N, Dk], unrotated.
         k, v: [T, G, Dk] and [T, G, Dv], unrotated, for the branches (compressed, selected, window), or one for all three.
-        gates: [T, N or 1, 3] in (0, 1), in the same branch order.
+        gates: [T, N or 1, 3], not negative, in the same branch order.
         k_weights, v_weights: of the compressors, see ``compress``.
         cu_seqlens: document borders on one process; None is one document. Leave it out when ``layout`` is given.
         rotary: rotate queries and keys at their document positions; None leaves them as they are.
@@ -95,7 +93,8 @@ def native_sparse_attention(
     check_compressor_weights("v_weights", v_weights, v[0], config)
     _check_blocks(blocks, q, k[0], config)
     plan = get_plan(layout, config, q.device)
-    agree_once(plan.agreed, layout, (*q.shape[1:], *v[0].shape[1:], q.dtype, config), group, q.device)
+    facts = (*q.shape[1:], *v[0].shape[1:], q.dtype, config)
+    agreement = start_agreement(plan.agreed, layout, facts, group, q.device)
     if rotary is not None:
         tables = rotary_tables(plan.position, rotary, q.shape[-1], accumulator_dtype(q))
         q, rotated = apply_rope(q, *tables), [apply_rope(x, *tables) for x in k]
@@ -105,12 +104,15 @@ def native_sparse_attention(
     slc, win = 1 % len(k), 2 % len(k)
     branches = (k_cmp, v[0], rotated[slc], v[slc], rotated[win], v[win])
     call = _Call(plan, group, resolve_backend(config.backend, q, v[0]), len(k_weights), rotary, q.shape[1] // v[0].shape[1])
-    return NSAOutput(*_NativeSparseAttention.apply(call, blocks, q, *branches, gates, *k_weights, *v_weights))
+    *outs, blocks = _Branches.apply(call, blocks, q, *branches, *k_weights, *v_weights)
+    out = _GatedSum.apply(call, gates, *outs)
+    agreement.confirm()
+    return NSAOutput(out, blocks, *(lse.detach() for lse in outs[3:]))
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Call:
-    """What one call of the Function carries besides tensors."""
+    """What one call carries from Function to Function besides tensors that autograd knows."""
 
     plan: NSAPlan
     group: dist.ProcessGroup | None
@@ -118,21 +120,21 @@ class _Call:
     num_k_weights: int
     rotary: RotaryConfig | None
     heads_per_group: int
+    # Of each branch, from the gated sum's backward to the branches'.
+    statistics: list[BranchStatistics] = field(default_factory=list)
 
     def halo_exchange(self) -> HaloExchange:
         """For (k_cmp, v_cmp, k_win, v_win)."""
-        compression, window = self.plan.compression_halo, self.plan.window_halo
-        return HaloExchange([compression, compression, window, window], self.group)
+        plan = self.plan
+        # Shared values, and shared keys rotated before compression, are one tensor in both branches and travel once.
+        same_keys = plan.config.shared_kv and (self.rotary is None or plan.config.compressed_rope == "before")
+        same_as = (0, 1, 0 if same_keys else 2, 1 if plan.config.shared_kv else 3)
+        halos = [plan.compression_halo, plan.compression_halo, plan.window_halo, plan.window_halo]
+        return HaloExchange(halos, self.group, same_as)
 
-    def groups_at_once(self, q: torch.Tensor, groups: int, *, backward: bool) -> int:
-        """K/V groups computed on at a time: one under CP, where only one group's raw rows are resident.
-
-        On one process all of them, but in the backward no more than keep the float32 dq within a budget.
-        """
-        if group_size(self.group) > 1:
-            return 1
-        dq_bytes = 4 * q.numel() // groups
-        return max(1, min(groups, DQ_BUDGET // max(1, dq_bytes))) if backward else groups
+    def groups_at_once(self, groups: int) -> int:
+        """K/V groups computed on at a time: one under CP, where only one group's raw rows are resident."""
+        return 1 if group_size(self.group) > 1 else groups
 
     def heads_of(self, groups: slice) -> slice:
         """Query heads of a slice of groups."""
@@ -150,10 +152,15 @@ class _Call:
         return k_cmp, compress(v, plan.compression_starts, v_weights, plan.config, backend)
 
 
-class _NativeSparseAttention(torch.autograd.Function):
+class _Branches(torch.autograd.Function):
+    """Outputs of the three branches [T, N, Dv], their lses [T, N] and the chosen blocks.
+
+    The gradient of the gated sum comes in the place of the first output's; the gates' part of it is in ``call.statistics``.
+    """
+
     @staticmethod
     @exact_forward
-    def forward(ctx, call: _Call, blocks, q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, *weights):  # noqa: ANN001, ANN205
+    def forward(ctx, call: _Call, blocks, q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, *weights):  # noqa: ANN001, ANN205
         plan, backend = call.plan, call.backend
         halo = call.halo_exchange()
         halo.start([k_cmp, v_cmp, k_win, v_win])
@@ -161,83 +168,98 @@ class _NativeSparseAttention(torch.autograd.Function):
         compressed = call.compress(*buffers, weights)
         # Small messages first: the compressed tokens, then the first group's raw keys and values.
         whole = _CompressedTokens(call, compressed)
-        raw = _GroupGather(call, k_slc, v_slc, call.groups_at_once(q, v_slc.shape[1], backward=False))
+        raw = _GroupGather(call, k_slc, v_slc)
         out_win, lse_win = interval_attention_forward(q, k_window, v_window, plan.window_intervals, backend)
         out_cmp, lse_cmp = whole.attend(q)
         if blocks is None:
             blocks = select_blocks_forward(q, whole.keys, lse_cmp if whole.in_one_pass else None, plan, backend)
         out_slc, lse_slc = _selected_branch(call, q, blocks, raw, v_slc)
-        outs, lses = (out_cmp, out_slc, out_win), (lse_cmp, lse_slc, lse_win)
-        ctx.save_for_backward(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, blocks, *outs, *lses, *weights)
+        ctx.save_for_backward(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, blocks, *weights)
         ctx.call = call
-        ctx.mark_non_differentiable(blocks, *lses)
-        return combine_forward(outs, gates, backend), blocks, *lses
+        ctx.mark_non_differentiable(blocks)
+        ctx.set_materialize_grads(False)
+        return out_cmp, out_slc, out_win, lse_cmp, lse_slc, lse_win, blocks
 
     @staticmethod
     @exact_backward
     def backward(ctx, grad, *_):  # noqa: ANN001, ANN205
         call: _Call = ctx.call
-        saved = ctx.saved_tensors
-        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, blocks = saved[:9]
-        outs, lses, weights = saved[9:12], saved[12:15], saved[15:]
-        plan, backend = call.plan, call.backend
+        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, blocks, *weights = ctx.saved_tensors
+        plan = call.plan
         halo = call.halo_exchange()
         halo.start([k_cmp, v_cmp, k_win, v_win])
-        gate_gradients = combine_backward(grad, outs, gates, backend)
-        # For each branch (grad, lse, delta, gate).
-        upstream = list(zip([grad] * 3, lses, gate_gradients.delta, gate_gradients.gate, strict=True))
+        statistics, call.statistics = call.statistics, []
         k_buffer, v_buffer, k_window, v_window = halo.wait()
         compression = _RecomputedCompression(call, k_buffer, v_buffer, weights)
         gathered = RowGather(compression.outputs, plan.compressed_partition, call.group)
-        raw = _GroupGather(call, k_slc, v_slc, call.groups_at_once(q, v_slc.shape[1], backward=True))
-        k_whole, v_whole = gathered.wait()
-        dq = torch.empty_like(q)
-        in_flight: list[tuple[RowReduceScatter, RowReduceScatter, list[torch.Tensor]]] = []
-        arrived: list[tuple[list[torch.Tensor], ...]] = []
-        for groups, k_raw, v_raw in raw:
+        raw = _GroupGather(call, k_slc, v_slc)
+        k_whole = v_whole = None
+        dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+        in_flight: list[tuple[tuple[torch.Tensor, ...], RowReduceScatter, RowReduceScatter]] = []
+        arrived: list[tuple[Sequence[torch.Tensor], ...]] = []
+        for groups, raw_part in raw:
             heads = call.heads_of(groups)
-            q_part, blocks_part = q[:, heads], blocks[:, groups]
-            cmp, slc, win = ([x[:, heads] for x in branch] for branch in upstream)
-            # One float32 dq for the three branches, and only for these groups' heads: whole, it would be the backward's
-            # largest tensor.
-            part, *d_win = interval_attention_backward(
-                q_part, k_window[:, groups], v_window[:, groups], *win, plan.window_intervals, backend
-            )
-            _, *d_cmp = interval_attention_backward(
-                q_part, k_whole[:, groups], v_whole[:, groups], *cmp, plan.compressed_intervals, backend, dq=part
-            )
-            _, *d_slc = selected_attention_backward(q_part, k_raw, v_raw, *slc, blocks_part, plan, backend, dq=part)
-            dq[:, heads] = part
-            sums = RowReduceScatter(d_cmp, plan.compressed_partition, call.group)
+            cmp, slc, win = (BranchStatistics(*(x[:, heads] for x in branch)) for branch in statistics)
+            backward = BranchesBackward(q[:, heads], grad[:, heads], blocks[:, groups], plan, call.backend)
+            # What is awaited last is used last.
+            d_win = backward.window(Branch(k_window[:, groups], v_window[:, groups], win))
+            if k_whole is None:
+                k_whole, v_whole = gathered.wait()
+            d_cmp = backward.compressed(Branch(k_whole[:, groups], v_whole[:, groups], cmp))
+            cmp_sums = RowReduceScatter(d_cmp, plan.compressed_partition, call.group)
+            d_slc = backward.selected(Branch(*raw_part.wait(), slc))
+            slc_sums = RowReduceScatter(d_slc, plan.row_partition, call.group)
+            backward.query_gradients(out=dq[:, heads])
             # One slice's sums travel while the next one computes; no more, for they are as long as the whole sequence.
-            arrived += [(cmp.wait(), slc.wait(), win) for cmp, slc, win in in_flight]
-            in_flight = [(sums, RowReduceScatter(d_slc, plan.row_partition, call.group), d_win)]
-        arrived += [(cmp.wait(), slc.wait(), win) for cmp, slc, win in in_flight]
-        d_cmp, d_slc, d_win = (_join_groups(parts) for parts in zip(*arrived, strict=True))
+            arrived += [(win, cmp.wait(), slc.wait()) for win, cmp, slc in in_flight]
+            in_flight = [(d_win, cmp_sums, slc_sums)]
+            del backward, raw_part, d_cmp, d_slc
+        arrived += [(win, cmp.wait(), slc.wait()) for win, cmp, slc in in_flight]
+        d_win, d_cmp, d_slc = (_join_groups(parts) for parts in zip(*arrived, strict=True))
         dk_buffer, dv_buffer, *dweights = compression.backward(d_cmp)
         halo.start_return([dk_buffer, dv_buffer, *d_win])
         dk_cmp, dv_cmp, dk_win, dv_win = halo.wait_return()
         gradients = (dk_cmp, dv_cmp, *d_slc, dk_win, dv_win)
-        return None, None, dq, *(g.to(q.dtype) for g in gradients), gate_gradients.dgates, *dweights
+        return None, None, dq, *(g.to(q.dtype) for g in gradients), *dweights
+
+
+class _GatedSum(torch.autograd.Function):
+    """Three branch outputs and their lses, weighted by the gates, to the output."""
+
+    @staticmethod
+    @exact_forward
+    def forward(ctx, call: _Call, gates, *branches):  # noqa: ANN001, ANN205
+        ctx.save_for_backward(gates, *branches)
+        ctx.call = call
+        return combine_forward(branches[:3], gates, call.backend)
+
+    @staticmethod
+    @exact_backward
+    def backward(ctx, grad):  # noqa: ANN001, ANN205
+        call: _Call = ctx.call
+        gates, *branches = ctx.saved_tensors
+        call.statistics = branch_statistics(grad, branches[:3], branches[3:], gates, call.backend)
+        return None, gate_gradients(call.statistics, gates), grad, *[None] * 5
 
 
 class _GroupGather:
     """Whole K and V of the selected branch, a slice of groups at a time: the first is on its way from construction."""
 
-    def __init__(self, call: _Call, k: torch.Tensor, v: torch.Tensor, at_once: int) -> None:
+    def __init__(self, call: _Call, k: torch.Tensor, v: torch.Tensor) -> None:
         self.call, self.k, self.v = call, k, v
+        at_once = call.groups_at_once(k.shape[1])
         self.slices = [slice(g, min(g + at_once, k.shape[1])) for g in range(0, k.shape[1], at_once)]
         self.pending = self._start(self.slices[0])
 
     def _start(self, groups: slice) -> RowGather:
         return RowGather([self.k[:, groups], self.v[:, groups]], self.call.plan.row_partition, self.call.group)
 
-    def __iter__(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[tuple[slice, RowGather]]:
         for groups, following in zip_longest(self.slices, self.slices[1:]):
-            ready = self.pending
+            under_way, self.pending = self.pending, None
             if following is not None:
                 self.pending = self._start(following)
-            yield groups, *ready.wait()
+            yield groups, under_way
 
 
 class _CompressedTokens:
@@ -291,14 +313,14 @@ def _selected_branch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Selected attention, one slice of groups after the other as its keys and values arrive."""
     if len(raw.slices) == 1:
-        ((_, k_whole, v_whole),) = raw
-        return selected_attention_forward(q, k_whole, v_whole, blocks, call.plan, call.backend)
+        ((_, under_way),) = raw
+        return selected_attention_forward(q, *under_way.wait(), blocks, call.plan, call.backend)
     out = q.new_empty(*q.shape[:2], v.shape[-1])
     lse = q.new_empty(q.shape[:2], dtype=accumulator_dtype(q))
-    for groups, k_whole, v_whole in raw:
+    for groups, under_way in raw:
         heads = call.heads_of(groups)
         out[:, heads], lse[:, heads] = selected_attention_forward(
-            q[:, heads], k_whole, v_whole, blocks[:, groups], call.plan, call.backend
+            q[:, heads], *under_way.wait(), blocks[:, groups], call.plan, call.backend
         )
     return out, lse
 

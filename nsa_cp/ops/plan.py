@@ -18,8 +18,8 @@ class LayoutPlan:
 
     def __init__(self, layout: SequenceLayout, device: torch.device) -> None:
         self.layout, self.device = layout, device
-        # What the ranks of a group have confirmed about this layout: see `agree_once`.
-        self.agreed: set[tuple] = set()
+        # Digests of what the ranks of a group have confirmed about this layout: see `start_agreement`.
+        self.agreed: dict[tuple, int] = {}
 
     @cached_property
     def position(self) -> torch.Tensor:
@@ -207,4 +207,4 @@ def get_window_plan(layout: SequenceLayout, window_size: int, device: torch.devi
     """Halo and intervals of a sliding window of ``window_size`` keys, the query's own included; recent ones are kept."""
     halo, rows = HaloRows(layout, window_size - 1), layout.local_rows
     first = np.maximum(layout.local_document_starts, rows - window_size + 1)
-    return halo.to(device), Intervals.between(first, rows + 1, halo.buffer_rows, device)
+    return halo.to(device), Intervals.between(first, rows + 1, halo.buffer_rows, device, window_size)

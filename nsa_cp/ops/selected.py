@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from nsa_cp.ops.dispatch import accumulator_dtype
+from nsa_cp.ops.gating import BranchStatistics
 from nsa_cp.ops.interval_attention import AttentionGradients, finite
 from nsa_cp.ops.plan import NSAPlan
 
@@ -47,9 +48,7 @@ def selected_attention_backward(
     k: torch.Tensor,
     v: torch.Tensor,
     grad: torch.Tensor,
-    lse: torch.Tensor,
-    delta: torch.Tensor,
-    gate: torch.Tensor | None,
+    statistics: BranchStatistics,
     blocks: torch.Tensor,
     plan: NSAPlan,
     backend: str,
@@ -61,17 +60,16 @@ def selected_attention_backward(
 
         tables = (plan.position, plan.key_start, plan.block_start, plan.block_base)
         size = plan.config.select_block_size
-        return AttentionGradients(*kernel(q, k, v, grad, lse, delta, gate, blocks, *tables, size, q.shape[-1] ** -0.5, dq=dq))
-    accumulator, scale = accumulator_dtype(q), q.shape[-1] ** -0.5
+        return AttentionGradients(*kernel(q, k, v, grad, *statistics, blocks, *tables, size, q.shape[-1] ** -0.5, dq=dq))
+    (shift, delta), accumulator, scale = statistics, accumulator_dtype(q), q.shape[-1] ** -0.5
     groups = k.shape[1]
     dq = torch.zeros_like(q, dtype=accumulator) if dq is None else dq
     dk = torch.zeros(k.shape[0] * groups, k.shape[2], dtype=accumulator, device=k.device)
     dv = torch.zeros(v.shape[0] * groups, v.shape[2], dtype=accumulator, device=v.device)
     for rows, keys, hidden in _chunks(q, k, blocks, plan):
         k_chosen, upstream = _gather(k, keys), _by_group(grad[rows], groups)
-        p = (_scores(q[rows], k_chosen, hidden) - _by_group(finite(lse[rows])[..., None], groups)).exp_()
-        if gate is not None:
-            upstream = upstream * _by_group(gate[rows, :, None], groups)
+        # The gate times the softmax.
+        p = (_scores(q[rows], k_chosen, hidden) - _by_group(shift[rows, :, None], groups)).exp_()
         dp = upstream @ _gather(v, keys).mT
         ds = dp.sub_(_by_group(delta[rows, :, None], groups)).mul_(p).mul_(scale)
         dq[rows] += (ds @ k_chosen).flatten(1, 2)

@@ -17,7 +17,7 @@ from nsa_cp.context_parallel.autograd import exact_backward, exact_forward
 from nsa_cp.ops.checks import check_heads, check_rows
 from nsa_cp.ops.compression import CompressorWeights, compress
 from nsa_cp.ops.dispatch import accumulator_dtype, resolve_backend
-from nsa_cp.ops.gating import combine_backward, combine_forward, softmax_delta
+from nsa_cp.ops.gating import branch_statistics, combine_forward, gate_gradients, softmax_statistics
 from nsa_cp.ops.interval_attention import interval_attention_backward, interval_attention_forward
 from nsa_cp.ops.intervals import Intervals
 from nsa_cp.ops.plan import NSAPlan, get_plan
@@ -41,8 +41,8 @@ class IntervalAttention(torch.autograd.Function):
     @exact_backward
     def backward(ctx, grad, grad_lse):  # noqa: ANN001, ANN205
         q, k, v, out, lse = ctx.saved_tensors
-        delta = softmax_delta(grad, out, grad_lse, ctx.backend)
-        gradients = interval_attention_backward(q, k, v, grad, lse, delta, None, ctx.intervals, ctx.backend)
+        statistics = softmax_statistics(grad, out, lse, grad_lse, ctx.backend)
+        gradients = interval_attention_backward(q, k, v, grad, statistics, ctx.intervals, ctx.backend)
         return *(g.to(q.dtype) for g in gradients), None, None
 
 
@@ -59,8 +59,8 @@ class _SelectedAttention(torch.autograd.Function):
     @exact_backward
     def backward(ctx, grad, grad_lse):  # noqa: ANN001, ANN205
         q, k, v, blocks, out, lse = ctx.saved_tensors
-        delta = softmax_delta(grad, out, grad_lse, ctx.backend)
-        gradients = selected_attention_backward(q, k, v, grad, lse, delta, None, blocks, ctx.plan, ctx.backend)
+        statistics = softmax_statistics(grad, out, lse, grad_lse, ctx.backend)
+        gradients = selected_attention_backward(q, k, v, grad, statistics, blocks, ctx.plan, ctx.backend)
         return *(g.to(q.dtype) for g in gradients), None, None, None
 
 
@@ -76,8 +76,10 @@ class _CombineBranches(torch.autograd.Function):
     @exact_backward
     def backward(ctx, grad):  # noqa: ANN001, ANN205
         gates, *outs = ctx.saved_tensors
-        gradients = combine_backward(grad, outs, gates, ctx.backend)
-        return gradients.dgates, None, *((g[..., None] * grad).to(grad.dtype) for g in gradients.gate)
+        no_shift = grad.new_zeros(grad.shape[:2], dtype=accumulator_dtype(grad))
+        statistics = branch_statistics(grad, outs, [no_shift] * len(outs), gates, ctx.backend)
+        weights = gates.to(accumulator_dtype(grad)).unbind(-1)
+        return gate_gradients(statistics, gates), None, *((g[..., None] * grad).to(grad.dtype) for g in weights)
 
 
 def compress_kv(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,7 @@ from nsa_cp.context_parallel import (
     RowRing,
     SequenceLayout,
     check_agreement,
+    runs,
 )
 
 PACKS = [(0, 64), (0, 61), (0, 3), (0, 0, 1, 1, 18, 50, 53, 53, 90), (0, 7, 7, 40)]
@@ -93,23 +96,36 @@ def test_chunks_that_miss_or_repeat_rows_are_refused() -> None:
 
 
 def _exchange_rows(rank: int, world_size: int, kind: str) -> None:
+    """By concatenation of runs, and by indices."""
+    for limit in (runs.MAX_RUNS, 0):
+        with mock.patch.object(runs, "MAX_RUNS", limit):
+            _check_exchanges(rank, world_size, kind)
+
+
+def _check_exchanges(rank: int, world_size: int, kind: str) -> None:
     group = dist.group.WORLD
     for borders in PACKS:
         layout = SequenceLayout.build(borders, cp_size=world_size, cp_rank=rank, kind=kind, per_document=borders != PACKS[-1])
         own = torch.from_numpy(layout.local_rows).double()
         tensors = [own[:, None], torch.stack([own, -own], 1)]
-        for depths in ((5, 1), (0, 50)):
+        for depths, same_as in [((5, 1), None), ((0, 50), None), ((3, 9), (0, 0)), ((7, 2), (0, 0))]:
             halos = [HaloRows(layout, depth) for depth in depths]
-            exchange = HaloExchange(halos, group)
-            exchange.start(tensors)
+            exchange = HaloExchange(halos, group, same_as)
+            exchange.start(tensors if same_as is None else [tensors[1], tensors[1]])
             buffers = exchange.wait()
             for buffer, halo in zip(buffers, halos, strict=True):
                 assert buffer[:, 0].tolist() == halo.buffer_rows.tolist()
             # Every rank returns 1 for each row of its buffer: a row gets as many as there are buffers that hold it.
             exchange.start_return([torch.ones_like(buffer) for buffer in buffers])
-            for gradient, depth in zip(exchange.wait_return(), depths, strict=True):
+            expected = []
+            for depth in depths:
                 holders = [np.union1d(layout.rows_of(r), layout.halo_rows(r, depth)) for r in range(world_size)]
-                assert gradient[:, 0].tolist() == [sum(row in h for h in holders) for row in layout.local_rows]
+                expected.append(torch.tensor([float(sum(row in h for h in holders)) for row in layout.local_rows]).double())
+            gradients = [gradient[:, 0] for gradient in exchange.wait_return()]
+            if same_as is not None:
+                # Of a tensor that travelled once the sum over its places is right.
+                gradients, expected = [sum(gradients)], [sum(expected)]
+            assert all(torch.equal(x, y) for x, y in zip(gradients, expected, strict=True))
         partition = RowPartition(layout.row_owner, world_size)
         whole, pair = RowGather(tensors, partition, group).wait()
         assert whole[:, 0].tolist() == list(range(borders[-1])) and torch.equal(pair[:, 1], -whole[:, 0])
@@ -129,7 +145,7 @@ def test_rows_travel_where_they_belong(workers, world_size: int, kind: str) -> N
 
 def _disagree(rank: int, world_size: int) -> str:
     try:
-        check_agreement("same" if rank != 1 else "other", dist.group.WORLD, torch.device("cpu"))
+        check_agreement("same" if rank != 1 else "other", dist.group.WORLD)
     except ValueError as error:
         return str(error)
     return "agreed"

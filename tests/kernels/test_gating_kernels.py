@@ -27,11 +27,15 @@ def test_sum_and_gradients(shape: str, per_head: bool, branches: int, dtype: tor
     out = combine_forward(outs, gates)
     assert out.dtype == dtype
     assert_close(out, expected.detach(), max_relative_error=tolerance, name="out")
-    dgates, delta = combine_backward(do, outs, gates)
-    assert_close(dgates, expected_dgates, max_relative_error=1e-5, name="dgates")
+    lses = [torch.randn(tokens, heads, device=device) for _ in range(branches)]
+    lses[0][1:] = float("-inf")
+    gates[:1] = 0.0
+    shift, delta = combine_backward(do, outs, lses, gates)
+    dgates = delta if per_head else delta.sum(2, keepdim=True)
+    assert_close(dgates.permute(1, 2, 0), expected_dgates, max_relative_error=1e-5, name="dgates")
     for b in range(branches):
-        row_sum = (do.double() * outs[b].double()).sum(-1)
-        assert_close(delta[b], gates[..., b].double() * row_sum, max_relative_error=1e-5, name=f"delta[{b}]")
+        expected_shift = (lses[b].double() - gates[..., b].double().log()).masked_fill(lses[b].isinf(), float("inf"))
+        assert_close(shift[b].exp().reciprocal(), expected_shift.exp().reciprocal(), max_relative_error=1e-5, name=f"shift[{b}]")
 
 
 def test_strided_inputs(device: str) -> None:
@@ -41,8 +45,10 @@ def test_strided_inputs(device: str) -> None:
     assert not any(x.is_contiguous() for x in (*outs, gates))
     expected = sum(out * gates[..., b, None] for b, out in enumerate(outs))
     assert_close(combine_forward(outs, gates), expected, max_relative_error=1e-6, name="out")
-    dgates, _ = combine_backward(outs[0], outs, gates)
-    assert_close(dgates, torch.stack([(outs[0] * out).sum(-1) for out in outs], -1), max_relative_error=1e-5, name="dgates")
+    lses = [torch.randn(3, 11, device=device).T for _ in outs]
+    shift, delta = combine_backward(outs[0], outs, lses, gates)
+    assert_close(delta, torch.stack([(outs[0] * out).sum(-1) for out in outs]), max_relative_error=1e-5, name="delta")
+    assert_close(shift, torch.stack(lses) - gates.permute(2, 0, 1).log(), max_relative_error=1e-5, name="shift")
 
 
 def test_bad_shapes_are_refused(device: str) -> None:
@@ -50,4 +56,4 @@ def test_bad_shapes_are_refused(device: str) -> None:
     with pytest.raises(ValueError, match="do not fit gates"):
         combine_forward([out, out], torch.zeros(4, 2, 3, device=device))
     with pytest.raises(ValueError, match="do not fit gates"):
-        combine_backward(out, [out, out[:3]], torch.zeros(4, 2, 2, device=device))
+        combine_backward(out, [out, out[:3]], [out[..., 0]] * 2, torch.zeros(4, 2, 2, device=device))

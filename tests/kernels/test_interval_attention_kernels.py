@@ -113,20 +113,26 @@ def dense_gradients(tensors: list[Tensor], rows: Rows, gate: Tensor | None, scal
     return list(torch.autograd.grad((out * weight).sum(), leaves))
 
 
+def row_shift(lse: Tensor, gate: Tensor | None) -> Tensor:
+    """lse - log(gate), +inf for rows that see nothing."""
+    shift = lse if gate is None else lse - gate.float().log()
+    return shift.masked_fill(lse == float("-inf"), float("inf"))
+
+
 def run_backward(tensors: list[Tensor], rows: Rows, gate: Tensor | None, scale: float, **options: object) -> tuple[Tensor, ...]:
     q, k, v, do = tensors
     out, lse = interval_attention_forward(q, k, v, rows.begin, rows.end, scale, config=SMALL)
     delta = (do.float() * out.float()).sum(-1)
-    delta = delta if gate is None else delta * gate.float()
     bounds = (rows.begin, rows.end, *query_ranges(rows))
     options = {"dq_config": SMALL, "dkv_config": SMALL, "splits": 1, **options}
-    return interval_attention_backward(q, k, v, do, lse, delta, gate, *bounds, scale, **options)
+    return interval_attention_backward(q, k, v, do, row_shift(lse, gate), delta, *bounds, scale, **options)
 
 
+@pytest.mark.parametrize("bulk", [False, True], ids=["plain", "bulk"])
 @pytest.mark.parametrize("name", CASES)
-def test_forward(name: str, dtype: torch.dtype, tolerance: float, device: str) -> None:
+def test_forward(name: str, bulk: bool, dtype: torch.dtype, tolerance: float, device: str) -> None:
     (q, k, v, _), rows, _ = make_inputs(name, dtype, device)
-    out, lse = interval_attention_forward(q, k, v, rows.begin, rows.end, 0.3, config=SMALL)
+    out, lse = interval_attention_forward(q, k, v, rows.begin, rows.end, 0.3, config=SMALL, bulk=bulk)
     expected, expected_lse = dense_attention(q.double(), k.double(), v.double(), rows, 0.3)
     assert out.dtype == dtype and lse.dtype == torch.float32
     assert_close(out, expected, max_relative_error=tolerance, name="out")
@@ -140,7 +146,7 @@ def test_forward(name: str, dtype: torch.dtype, tolerance: float, device: str) -
 def test_gradients(name: str, gated: bool, dtype: torch.dtype, tolerance: float, device: str) -> None:
     tensors, rows, gate = make_inputs(name, dtype, device)
     gate = gate if gated else None
-    gradients = run_backward(tensors, rows, gate, 0.3, splits=2 if gated else 1)
+    gradients = run_backward(tensors, rows, gate, 0.3, splits=2 if gated else 1, bulk=gated)
     expected = dense_gradients(tensors, rows, gate, 0.3)
     for actual, reference, which in zip(gradients, expected, ("dq", "dk", "dv")):
         assert actual.dtype == torch.float32
@@ -154,21 +160,22 @@ def test_table_of_tile_shapes(dtype: torch.dtype, tolerance: float, device: str)
     out, lse = interval_attention_forward(q, k, v, rows.begin, rows.end, 0.25)
     expected, _ = dense_attention(q.double(), k.double(), v.double(), rows, 0.25)
     assert_close(out, expected, max_relative_error=tolerance, name="out")
-    delta = (do.float() * out.float()).sum(-1) * gate
+    delta = (do.float() * out.float()).sum(-1)
     bounds = (rows.begin, rows.end, *query_ranges(rows))
-    gradients = interval_attention_backward(q, k, v, do, lse, delta, gate, *bounds, 0.25)
+    gradients = interval_attention_backward(q, k, v, do, row_shift(lse, gate), delta, *bounds, 0.25)
     assert_close(list(gradients), dense_gradients(tensors, rows, gate, 0.25), max_relative_error=2 * tolerance, name="gradient")
 
 
-def test_rows_outside_every_range_are_never_read(device: str) -> None:
+@pytest.mark.parametrize("bulk", [False, True], ids=["plain", "bulk"])
+def test_rows_outside_every_range_are_never_read(bulk: bool, device: str) -> None:
     (q, k, v, do), rows, gate = make_inputs("window-2heads", torch.float32, device)
     guard = torch.full((5, *k.shape[1:]), float("nan"), device=device)
     shifted = Rows(rows.begin + 5, rows.end + 5, rows.num_keys + 10)
     tensors = [q, torch.cat([guard, k, guard]), torch.cat([guard[..., : v.shape[-1]], v, guard[..., : v.shape[-1]]]), do]
-    out, _ = interval_attention_forward(*tensors[:3], shifted.begin, shifted.end, 0.3, config=SMALL)
+    out, _ = interval_attention_forward(*tensors[:3], shifted.begin, shifted.end, 0.3, config=SMALL, bulk=bulk)
     plain, _ = interval_attention_forward(q, k, v, rows.begin, rows.end, 0.3, config=SMALL)
     assert_close(out, plain, max_relative_error=1e-6, name="out")
-    dq, dk, dv = run_backward(tensors, shifted, gate, 0.3)
+    dq, dk, dv = run_backward(tensors, shifted, gate, 0.3, bulk=bulk)
     expected = dense_gradients([q, k, v, do], rows, gate, 0.3)
     assert_close([dq, dk[5:-5], dv[5:-5]], expected, max_relative_error=1e-5, name="gradient")
     assert (dk[:5] == 0).all() and (dv[-5:] == 0).all()
@@ -193,7 +200,7 @@ def test_rows_with_lse_of_minus_infinity_get_and_give_no_gradient(device: str) -
     delta = torch.randn(lse.shape, device=device)
     bounds = (rows.begin, rows.end, *query_ranges(rows))
     gradients = interval_attention_backward(
-        q, k, v, do, lse, delta, gate, *bounds, 0.3, dq_config=SMALL, dkv_config=SMALL, splits=1
+        q, k, v, do, row_shift(lse, gate), delta, *bounds, 0.3, dq_config=SMALL, dkv_config=SMALL, splits=1
     )
     assert (gradients[0][40:] == 0).all() and (gradients[2][40:] == 0).all()
     assert all(x.isfinite().all() for x in gradients)
@@ -227,7 +234,7 @@ def test_gradients_add_up_over_shards(device: str) -> None:
     tensors, rows, gate = make_inputs("causal-1head", torch.float32, device)
     q, k, v, do = tensors
     out, lse = dense_attention(q.double(), k.double(), v.double(), rows, 0.3)
-    delta = ((do * out).sum(-1) * gate).float()
+    delta, shift = (do * out).sum(-1).float(), row_shift(lse.float(), gate)
     half, dq, parts = rows.num_keys // 2, torch.zeros(q.shape, device=device), []
     for low, high in ((0, half), (half, rows.num_keys)):
         shard = Rows(rows.begin.clamp(low, high) - low, rows.end.clamp(low, high) - low, high - low)
@@ -238,9 +245,8 @@ def test_gradients_add_up_over_shards(device: str) -> None:
                 k[low:high],
                 v[low:high],
                 do,
-                lse.float(),
+                shift,
                 delta,
-                gate,
                 *bounds,
                 0.3,
                 dq=dq,

@@ -104,6 +104,12 @@ def dense_gradients(tensors: list[Tensor], visible: Tensor, gate: Tensor, scale:
     return list(torch.autograd.grad((out * do * gate.double()[..., None]).sum(), leaves))
 
 
+def row_shift(lse: Tensor, gate: Tensor | None) -> Tensor:
+    """lse - log(gate), +inf for rows that see nothing."""
+    shift = lse if gate is None else lse - gate.log()
+    return shift.masked_fill(lse == float("-inf"), float("inf"))
+
+
 def run_backward(
     tensors: list[Tensor], tables: Tables, gate: Tensor | None, problem: Problem, scale: float, **options: object
 ) -> tuple[Tensor, ...]:
@@ -112,18 +118,18 @@ def run_backward(
     unions = build_unions(*choice, problem.block, SMALL.tokens(q.shape[1] // k.shape[1]))
     out, lse = selected_attention_forward(q, k, v, *choice, problem.block, scale, unions=unions, config=SMALL)
     delta = (do.float() * out.float()).sum(-1)
-    delta = delta if gate is None else delta * gate
     options = {"dq_config": SMALL, "dkv_config": SMALL, "chunk": 21, "unions": unions, **options}
-    return selected_attention_backward(q, k, v, do, lse, delta, gate, *tables, problem.block, scale, **options)
+    return selected_attention_backward(q, k, v, do, row_shift(lse, gate), delta, *tables, problem.block, scale, **options)
 
 
+@pytest.mark.parametrize("bulk", [False, True], ids=["plain", "bulk"])
 @pytest.mark.parametrize("name", CASES)
-def test_forward(name: str, dtype: torch.dtype, tolerance: float, device: str) -> None:
+def test_forward(name: str, bulk: bool, dtype: torch.dtype, tolerance: float, device: str) -> None:
     problem = CASES[name]
     (q, k, v, _), _ = make_inputs(problem, dtype, device)
     tables = make_tables(problem, device)
     out, lse = selected_attention_forward(
-        q, k, v, tables.blocks, tables.position, tables.key_start, problem.block, 0.3, config=SMALL
+        q, k, v, tables.blocks, tables.position, tables.key_start, problem.block, 0.3, config=SMALL, bulk=bulk
     )
     expected, expected_lse = dense_attention(q.double(), k.double(), v.double(), visible_keys(problem, tables), 0.3)
     assert out.dtype == dtype and lse.dtype == torch.float32
@@ -133,12 +139,13 @@ def test_forward(name: str, dtype: torch.dtype, tolerance: float, device: str) -
     assert blind.any() and (lse[blind] == float("-inf")).any()
 
 
+@pytest.mark.parametrize("bulk", [False, True], ids=["plain", "bulk"])
 @pytest.mark.parametrize("name", CASES)
-def test_gradients(name: str, dtype: torch.dtype, tolerance: float, device: str) -> None:
+def test_gradients(name: str, bulk: bool, dtype: torch.dtype, tolerance: float, device: str) -> None:
     problem = CASES[name]
     tensors, gate = make_inputs(problem, dtype, device)
     tables = make_tables(problem, device)
-    gradients = run_backward(tensors, tables, gate, problem, 0.3)
+    gradients = run_backward(tensors, tables, gate, problem, 0.3, bulk=bulk)
     expected = dense_gradients(tensors, visible_keys(problem, tables), gate, 0.3)
     for actual, reference, which in zip(gradients, expected, ("dq", "dk", "dv")):
         assert actual.dtype == torch.float32
@@ -152,8 +159,8 @@ def test_table_of_tile_shapes_and_neighbours_that_agree(dtype: torch.dtype, tole
     q, k, v, do = tensors
     choice = (tables.blocks, tables.position, tables.key_start)
     out, lse = selected_attention_forward(q, k, v, *choice, problem.block, 0.3)
-    delta = (do.float() * out.float()).sum(-1) * gate
-    gradients = selected_attention_backward(q, k, v, do, lse, delta, gate, *tables, problem.block, 0.3)
+    delta = (do.float() * out.float()).sum(-1)
+    gradients = selected_attention_backward(q, k, v, do, row_shift(lse, gate), delta, *tables, problem.block, 0.3)
     expected = dense_gradients(tensors, visible_keys(problem, tables), gate, 0.3)
     assert_close(list(gradients), expected, max_relative_error=2 * tolerance, name="gradient")
 
@@ -204,8 +211,8 @@ def test_unions_hold_each_tile_s_choices(tile_tokens: int, device: str) -> None:
                         start = int(tables.key_start[t]) + block * problem.block
                         expected[start] = expected.get(start, 0) | 1 << i
             count, full = unions.counts[tile, group].tolist()
-            starts, masks = (x[tile, group, :count].tolist() for x in (unions.starts, unions.chosen))
-            assert list(zip(starts, (m & 0xFFFFFFFF for m in masks))) == sorted(expected.items())
+            entries = unions.entries[tile, group, :count].tolist()
+            assert [(entry >> 32, entry & 0xFFFFFFFF) for entry in entries] == sorted(expected.items())
             first_query = min(int(tables.key_start[t] + tables.position[t]) for t in rows)
             assert full == sum(start + problem.block - 1 <= first_query for start in expected)
 

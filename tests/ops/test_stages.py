@@ -39,7 +39,6 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interval_attention, "SCORE_BUDGET", 4096)
     monkeypatch.setattr(selection, "SCORE_BUDGET", 4096)
     monkeypatch.setattr(selected, "GATHER_BUDGET", 8192)
-    monkeypatch.setattr(pipeline, "DQ_BUDGET", 8192)
 
 
 @st.composite

@@ -1,0 +1,1 @@
+"""The gradient of the queries, summed over the three branches on chip."""

@@ -1,0 +1,149 @@
+"""dq of Native Sparse Attention: one pass over a query tile's window, compressed tokens and chosen blocks.
+
+The three branches share q and do, which are loaded once, and their gradients add up in registers, in float32: no float32 dq is
+ever written. What each branch adds is described in the backward of interval and of selected attention.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..common import LOG2_E, channels_last, check_heads, copies_in_bulk, key_arguments, widths, zeros_wide
+from ..interval_attention.backward import add_interval_dq, query_tile, store_dq
+from ..selected_attention.backward import add_selected_dq
+from ..selected_attention.forward import block_steps
+from ..selected_attention.unions import build_unions
+from ..tuning import TileConfig, tile_config
+
+
+class Branch(NamedTuple):
+    """A branch's keys [M, G, Dk] and values [M, G, Dv], and its row shift and delta, float32 [T, N]."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    shift: torch.Tensor
+    delta: torch.Tensor
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_keys"])
+def query_gradients_kernel(
+    q_ptr, do_ptr, dq_ptr,
+    win_k_ptr, win_v_ptr, win_k_tiles, win_k_tail_tiles, win_v_tiles, win_v_tail_tiles, win_shift_ptr, win_delta_ptr,
+    cmp_k_ptr, cmp_v_ptr, cmp_k_tiles, cmp_k_tail_tiles, cmp_v_tiles, cmp_v_tail_tiles, cmp_shift_ptr, cmp_delta_ptr,
+    slc_k_ptr, slc_v_ptr, slc_k_tiles, slc_k_tail_tiles, slc_v_tiles, slc_v_tail_tiles, slc_shift_ptr, slc_delta_ptr,
+    win_begin_ptr, win_end_ptr, cmp_begin_ptr, cmp_end_ptr, entries_ptr, counts_ptr, position_ptr, key_start_ptr,
+    q_stride_t, q_stride_h, do_stride_t, do_stride_h, dq_stride_t, dq_stride_h,
+    win_k_stride_m, win_k_stride_g, win_v_stride_m, win_v_stride_g,
+    cmp_k_stride_m, cmp_k_stride_g, cmp_v_stride_m, cmp_v_stride_g,
+    slc_k_stride_m, slc_k_stride_g, slc_v_stride_m, slc_v_stride_g,
+    num_tokens, num_keys, scale, scale_log2,
+    GROUPS: tl.constexpr, HEADS: tl.constexpr,
+    DK: tl.constexpr, DK_HEAD: tl.constexpr, DK_TAIL: tl.constexpr,
+    DV: tl.constexpr, DV_HEAD: tl.constexpr, DV_TAIL: tl.constexpr,
+    ENTRIES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_KEYS: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, BULK: tl.constexpr, BLOCK_BULK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: one query tile of one group."""
+    tile, group, token, head, valid, q, q_tail, do, do_tail = query_tile(
+        q_ptr, do_ptr, q_stride_t, q_stride_h, do_stride_t, do_stride_h, num_tokens,
+        GROUPS, HEADS, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, TOKENS, ROWS,
+    )  # fmt: skip
+    dq, dq_tail = zeros_wide(ROWS, DK_HEAD, DK_TAIL)
+    dq, dq_tail = add_interval_dq(
+        dq, dq_tail, q, q_tail, do, do_tail, token, head, valid, group, scale_log2,
+        win_k_ptr, win_v_ptr, win_k_tiles, win_k_tail_tiles, win_v_tiles, win_v_tail_tiles,
+        win_k_stride_m, win_k_stride_g, win_v_stride_m, win_v_stride_g,
+        win_shift_ptr, win_delta_ptr, win_begin_ptr, win_end_ptr,
+        GROUPS * HEADS, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, KEYS, BULK, PRECISION,
+    )  # fmt: skip
+    dq, dq_tail = add_interval_dq(
+        dq, dq_tail, q, q_tail, do, do_tail, token, head, valid, group, scale_log2,
+        cmp_k_ptr, cmp_v_ptr, cmp_k_tiles, cmp_k_tail_tiles, cmp_v_tiles, cmp_v_tail_tiles,
+        cmp_k_stride_m, cmp_k_stride_g, cmp_v_stride_m, cmp_v_stride_g,
+        cmp_shift_ptr, cmp_delta_ptr, cmp_begin_ptr, cmp_end_ptr,
+        GROUPS * HEADS, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, KEYS, BULK, PRECISION,
+    )  # fmt: skip
+    dq, dq_tail = add_selected_dq(
+        dq, dq_tail, q, q_tail, do, do_tail, tile, token, head, valid, group, num_keys, scale_log2,
+        slc_k_ptr, slc_v_ptr, slc_k_tiles, slc_k_tail_tiles, slc_v_tiles, slc_v_tail_tiles,
+        slc_k_stride_m, slc_k_stride_g, slc_v_stride_m, slc_v_stride_g,
+        slc_shift_ptr, slc_delta_ptr, entries_ptr, counts_ptr, position_ptr, key_start_ptr,
+        GROUPS, HEADS, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, ENTRIES, BLOCK, BLOCK_KEYS, PARTS, TOKENS,
+        BLOCK_BULK, PRECISION,
+    )  # fmt: skip
+    store_dq(dq_ptr, dq, dq_tail, token, head, valid, dq_stride_t, dq_stride_h, scale, DK, DK_HEAD, DK_TAIL, False)
+
+
+def query_gradients(
+    q: torch.Tensor,
+    do: torch.Tensor,
+    window: Branch,
+    compressed: Branch,
+    selected: Branch,
+    window_range: tuple[torch.Tensor, torch.Tensor],
+    compressed_range: tuple[torch.Tensor, torch.Tensor],
+    blocks: torch.Tensor,
+    position: torch.Tensor,
+    key_start: torch.Tensor,
+    block_size: int,
+    scale: float,
+    *,
+    out: torch.Tensor | None = None,
+    config: TileConfig | None = None,
+    bulk: bool | None = None,
+) -> torch.Tensor:
+    """Gradient of the queries over all three branches.
+
+    Args:
+        q: [T, N, Dk]; query head h reads K/V group h // (N / G). float16, bfloat16 or float32; any strides.
+        do: [T, N, Dv], upstream gradient of the gated sum.
+        window, compressed, selected: what the branches attend to, and their statistics.
+        window_range, compressed_range: int32 [T] each, begin and end of the rows that a query sees, half open.
+        blocks, position, key_start, block_size: as in the forward of selected attention.
+        scale: positive factor of the scores.
+        out: [T, N, Dk] to write to, channels contiguous, in place of a new tensor.
+        config: tile shape instead of the table's.
+        bulk: fetch keys and values by the copy engine, instead of where it can.
+
+    Returns:
+        [T, N, Dk] in the dtype of q, accumulated in float32.
+
+    Raises:
+        ValueError: the heads do not divide over the groups, the scale is not positive, or heads are wider than supported.
+    """
+    (tokens, num_heads, dk), (num_keys, groups, dv) = q.shape, selected.v.shape
+    heads = check_heads(num_heads, groups)
+    if scale <= 0:
+        raise ValueError(f"scale = {scale} must be positive")
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    if dq.shape != q.shape or dq.stride(-1) != 1:
+        raise ValueError(f"out {tuple(dq.shape)} must have the shape {tuple(q.shape)} of q and contiguous channels")
+    if tokens == 0:
+        return dq
+    q, do = channels_last(q), channels_last(do)
+    config = config or tile_config("query_gradients", q.dtype, q.device, heads, max(dk, dv))
+    unions = build_unions(blocks, position, key_start, block_size, config.tokens(heads))
+    keys, parts = block_steps(block_size, config.keys)
+    pairs = [(channels_last(branch.k), channels_last(branch.v)) for branch in (window, compressed, selected)]
+    if bulk is None:
+        # An empty buffer has no tiles to describe.
+        bulk = copies_in_bulk(*(x for pair in pairs for x in pair)) and all(k.shape[0] for k, _ in pairs)
+    steps = (config.keys, config.keys, keys)
+    arguments = [
+        argument
+        for (k, v), branch, step in zip(pairs, (window, compressed, selected), steps, strict=True)
+        for argument in (*key_arguments(k, v, step, bulk), branch.shift.contiguous(), branch.delta.contiguous())
+    ]
+    query_gradients_kernel[(unions.counts.shape[0] * groups,)](
+        q, do, dq, *arguments, *window_range, *compressed_range, unions.entries, unions.counts, position, key_start,
+        *q.stride()[:2], *do.stride()[:2], *dq.stride()[:2], *(s for pair in pairs for x in pair for s in x.stride()[:2]),
+        tokens, num_keys, scale, scale * LOG2_E.value,
+        ENTRIES=unions.entries.shape[-1], BLOCK=block_size, BLOCK_KEYS=keys, PARTS=parts, KEYS=config.keys,
+        TOKENS=unions.tile_tokens, ROWS=config.rows, BULK=bulk, BLOCK_BULK=bulk and keys * parts == block_size,
+        **widths(groups, heads, dk, dv), num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return dq

@@ -1,0 +1,142 @@
+"""Do all ranks mean the same call? Compared on the host, for every call, so that a difference is an error and not a hang.
+
+Every call of an attention starts an all-gather of eight bytes a rank between the hosts, over gloo. A rank that meets its
+layout for the first time waits for it before it sends anything else; a rank that repeats a layout looks at it when the call's
+kernels have been queued, by when it has usually arrived. So no rank waits for its GPU, and since each rank takes part in
+every call, one that repeats an old layout while another meets a new one is found too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from nsa_cp.context_parallel.group import group_size
+from nsa_cp.context_parallel.layout import SequenceLayout
+from nsa_cp.context_parallel.transfer import lost_rank
+
+# By the name of a group without a CPU backend (NCCL alone), the gloo group of the same ranks.
+_host_groups: dict[str, dist.ProcessGroup] = {}
+
+
+class Agreement:
+    """One comparison between the ranks of a group, under way from construction. Collective.
+
+    Args:
+        digest: what to compare.
+        describe: says what this rank has, for the error.
+        group: the ranks that compare.
+    """
+
+    def __init__(self, digest: int, describe: Callable[[], str], group: dist.ProcessGroup) -> None:
+        self._describe, self._rank = describe, group.rank()
+        self._gathered = [torch.empty(1, dtype=torch.int64) for _ in range(group.size())]
+        with _lost_ranks_named():
+            self._work = dist.all_gather(self._gathered, torch.tensor([digest]), group=_host_group(group), async_op=True)
+
+    def confirm(self) -> None:
+        """Wait for the other hosts, not for any GPU.
+
+        Raises:
+            ValueError: on every rank, naming the ranks that differ from rank 0 of the group and what this rank has.
+            RuntimeError: a rank died or did not come within the group's timeout.
+        """
+        with _lost_ranks_named():
+            self._work.wait()
+        digests = [int(digest) for digest in self._gathered]
+        differing = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        if differing:
+            raise ValueError(
+                f"context-parallel ranks {differing} differ from rank 0 in layout, shapes, dtype or settings; give every rank of "
+                f"the group the same. Rank {self._rank} has: {self._describe()}"
+            )
+
+
+class NoAgreement:
+    """Of a process alone: nothing to compare."""
+
+    def confirm(self) -> None:
+        """Nothing to do."""
+
+
+def start_agreement(
+    confirmed: dict[tuple, int], layout: SequenceLayout, facts: tuple, group: dist.ProcessGroup | None, device: torch.device
+) -> Agreement | NoAgreement:
+    """Let all ranks of ``group`` compare ``layout`` and ``facts``; confirm the result when the call's kernels are queued.
+
+    What this rank has not met before is confirmed here, before anything depends on it; on a CPU, where transfers block the
+    host, everything is.
+
+    Args:
+        confirmed: digests of what was met; the caller keeps it beside what it caches for the layout.
+        facts: shapes, dtypes and settings.
+
+    Raises:
+        ValueError, RuntimeError: as :meth:`Agreement.confirm`.
+    """
+    if group_size(group) == 1:
+        return NoAgreement()
+
+    def describe() -> str:
+        return f"documents {layout.cu_seqlens}, chunks {layout.chunks}, and {facts}"
+
+    known = (group.group_name, facts) in confirmed
+    digest = confirmed[group.group_name, facts] if known else _digest(describe())
+    agreement = Agreement(digest, describe, group)
+    if not known or device.type == "cpu":
+        agreement.confirm()
+        confirmed[group.group_name, facts] = digest
+    return agreement
+
+
+def check_agreement(description: str, group: dist.ProcessGroup | None) -> None:
+    """Let all ranks of ``group`` compare ``description``, now. Collective.
+
+    Raises:
+        ValueError, RuntimeError: as :meth:`Agreement.confirm`.
+    """
+    if group_size(group) > 1:
+        Agreement(_digest(description), lambda: description, group).confirm()
+
+
+def _digest(description: str) -> int:
+    return int.from_bytes(hashlib.sha256(description.encode()).digest()[:7], "big")
+
+
+def _host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group of the same ranks that moves host memory: itself if it can, else one made on first use, by all its ranks."""
+    if "cpu:" in dist.get_backend_config(group):
+        return group
+    made = _host_groups.get(group.group_name)
+    if made is None or not _is_registered(made):
+        # Its own timeout, where torch tells it; torch's default otherwise.
+        options = getattr(group._get_backend(torch.device("cuda")), "options", None)
+        timeout = getattr(options, "_timeout", None)
+        made = _host_groups[group.group_name] = dist.new_group(
+            dist.get_process_group_ranks(group),
+            backend="gloo",
+            timeout=timeout,
+            use_local_synchronization=True,
+            group_desc="nsa_cp agreement",
+        )
+    return made
+
+
+def _is_registered(group: dist.ProcessGroup) -> bool:
+    """False once the group has been destroyed."""
+    try:
+        return dist.get_rank(group) >= 0
+    except ValueError:
+        return False
+
+
+@contextlib.contextmanager
+def _lost_ranks_named():  # noqa: ANN202
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(f"context-parallel ranks could not compare their layouts: {lost_rank(error)}") from error

@@ -1,0 +1,1 @@
+"""Small models that show what the attention learns: tables of arms x learning rates x seeds, run several at a time."""

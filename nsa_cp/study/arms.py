@@ -1,0 +1,60 @@
+"""The arms of every study: what is compared with native sparse attention, and what its defaults are compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from nsa_cp.study.model import ModelSettings, count_parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to attend.
+
+    Args:
+        description: half a sentence for tables.
+        model: fields of :class:`ModelSettings` that differ from the study's.
+        nsa: fields of NSAConfig that differ from the study's.
+        matched: widen the SwiGLU until the arm has as many parameters as the arm ``nsa``.
+        tests_default: the arm differs from ``nsa`` in one of its defaults alone.
+    """
+
+    name: str
+    description: str
+    model: dict[str, Any] = field(default_factory=dict)
+    nsa: dict[str, Any] = field(default_factory=dict)
+    matched: bool = False
+    tests_default: bool = False
+
+
+ARMS = (
+    Arm(name="full", description="full attention, the same width", model={"attention": "full"}),
+    Arm(name="full_params", description="full attention, as many parameters", model={"attention": "full"}, matched=True),
+    Arm(name="nsa", description="native sparse attention with its defaults"),
+    Arm(name="window", description="the window alone", model={"attention": "window"}, matched=True),
+    Arm(
+        name="compressed_window",
+        description="compressed and window branches, nothing selected",
+        model={"selection": "none"},
+        matched=True,
+    ),
+    Arm(name="random_blocks", description="random blocks in place of the best", model={"selection": "random"}),
+    Arm(name="shared_kv", description="one K/V for all branches", nsa={"shared_kv": True}, tests_default=True),
+    Arm(name="compressor_mean", description="compression by the mean", nsa={"compressor": "mean"}, tests_default=True),
+    Arm(name="compressor_linear", description="linear compression", nsa={"compressor": "linear"}, tests_default=True),
+    Arm(name="rope_before", description="keys rotated before compression", nsa={"compressed_rope": "before"}, tests_default=True),
+    Arm(name="gate_branch", description="one gate a branch for all heads", nsa={"gate": "branch"}, tests_default=True),
+)
+
+
+def model_of(arm: Arm, base: ModelSettings) -> ModelSettings:
+    """The model of an arm, given that of ``nsa``; a matched one has at least as many parameters, by less than a step of 8."""
+    settings = replace(base, nsa=replace(base.nsa, **arm.nsa), **arm.model)
+    if not arm.matched:
+        return settings
+    missing = count_parameters(base) - count_parameters(settings)
+    per_channel = 3 * base.hidden_size * base.num_layers
+    # Rounded up to 8 channels, which matrix units like.
+    wider = 8 * max(0, -(-missing // (8 * per_channel)))
+    return replace(settings, ffn_hidden_size=settings.ffn_hidden_size + wider)

@@ -1,0 +1,206 @@
+"""A small pre-norm decoder in plain PyTorch, around the attentions that the Megatron layers call too."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nsa_cp.attention import NativeSparseAttention, full_attention, sliding_window_attention
+from nsa_cp.config import NSAConfig, RotaryConfig
+from nsa_cp.context_parallel import SequenceLayout
+from nsa_cp.ops.dispatch import accumulator_dtype
+from nsa_cp.ops.plan import get_layout_plan
+from nsa_cp.ops.rope import apply_rope, rotary_tables
+from nsa_cp.study.random_blocks import RandomBlockAttention
+
+AttentionKind = Literal["full", "window", "nsa"]
+Selection = Literal["scored", "random", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Shape of the decoder.
+
+    Args:
+        attention: ``full``, ``window`` (the last ``nsa.window_size`` tokens) or ``nsa``.
+        selection: of ``nsa``: the ``scored`` blocks of the method, ``random`` ones in their place, or ``none``: the selected
+            branch is closed (its gate is exactly 0) and has no keys and values of its own.
+        num_outputs: only the last so many tokens of the vocabulary are ever predicted; None for all.
+        ffn_hidden_size: width of the SwiGLU.
+        shift: mix every token's embedding with that of the token before, channel by channel, with learned weights.
+    """
+
+    vocab_size: int
+    num_outputs: int | None = None
+    num_layers: int = 2
+    hidden_size: int = 128
+    num_attention_heads: int = 4
+    num_query_groups: int = 1
+    kv_channels: int = 64
+    ffn_hidden_size: int = 352
+    attention: AttentionKind = "nsa"
+    selection: Selection = "scored"
+    shift: bool = False
+    nsa: NSAConfig = field(default_factory=NSAConfig)
+    rotary: RotaryConfig = field(default_factory=RotaryConfig)
+
+
+class SelfAttention(nn.Module):
+    """Projections around one of the attentions; takes and gives rows [T, hidden] of a pack.
+
+    Args:
+        seed: of the compressors' weights and of random blocks.
+    """
+
+    def __init__(self, settings: ModelSettings, seed: int) -> None:
+        super().__init__()
+        s = self.settings = settings
+        pairs = 1
+        if s.attention == "nsa":
+            pairs = s.nsa.num_branch_kv - (s.selection == "none" and not s.nsa.shared_kv)
+        self.kv_shape = (2 * pairs, s.num_query_groups, s.kv_channels)
+        self.q_proj = nn.Linear(s.hidden_size, s.num_attention_heads * s.kv_channels, bias=False)
+        self.kv_proj = nn.Linear(s.hidden_size, 2 * pairs * s.num_query_groups * s.kv_channels, bias=False)
+        self.out_proj = nn.Linear(s.num_attention_heads * s.kv_channels, s.hidden_size, bias=False)
+        self.core: NativeSparseAttention | None = None
+        if s.attention == "nsa":
+            self.num_gates = s.num_attention_heads if s.nsa.gate == "head" else 1
+            self.gate_proj = nn.Linear(s.hidden_size, self.num_gates * 3, bias=False)
+            shape = {"num_attention_heads": s.num_attention_heads, "num_query_groups": s.num_query_groups}
+            generator = torch.Generator().manual_seed(seed)
+            common = {**shape, "qk_dim": s.kv_channels, "rotary": s.rotary, "generator": generator}
+            if s.selection == "random":
+                self.core = RandomBlockAttention(s.nsa, seed=seed, **common)
+            else:
+                self.core = NativeSparseAttention(s.nsa, **common)
+
+    def forward(self, x: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
+        """[T, hidden] to [T, hidden]."""
+        s = self.settings
+        q = self.q_proj(x).view(x.shape[0], s.num_attention_heads, s.kv_channels)
+        kv = self.kv_proj(x).view(x.shape[0], *self.kv_shape).unbind(1)
+        k, v = kv[0::2], kv[1::2]
+        if self.core is not None:
+            out = self.core(q, self._branches(k), self._branches(v), self._gate_logits(x), layout)
+        elif s.attention == "window":
+            out = sliding_window_attention(q, k[0], v[0], layout, window_size=s.nsa.window_size, rotary=s.rotary)
+        else:
+            out = _full_attention(q, k[0], v[0], layout, s.rotary)
+        return self.out_proj(out.flatten(1))
+
+    def _branches(self, x: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """One tensor for each branch: a closed selected branch reads the window's, which changes nothing."""
+        return (x[0], x[1], x[1]) if len(x) == 2 else x
+
+    def _gate_logits(self, x: torch.Tensor) -> torch.Tensor:
+        logits = self.gate_proj(x).view(x.shape[0], self.num_gates, 3)
+        if self.settings.selection != "none":
+            return logits
+        compressed, selected, window = logits.unbind(-1)
+        return torch.stack([compressed, torch.full_like(selected, float("-inf")), window], -1)
+
+
+def _full_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout, rotary: RotaryConfig
+) -> torch.Tensor:
+    """:func:`nsa_cp.attention.full_attention`, but all sequences in one call where they are many and short."""
+    length, count = layout.cu_seqlens[1], layout.num_documents
+    if count == 1 or layout.cu_seqlens != tuple(range(0, length * count + 1, length)):
+        return full_attention(q, k, v, layout, rotary=rotary)
+    tables = rotary_tables(get_layout_plan(layout, q.device).position, rotary, q.shape[-1], accumulator_dtype(q))
+    q, k = apply_rope(q, *tables), apply_rope(k, *tables)
+    heads = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(heads, 1), v.repeat_interleave(heads, 1)
+    q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(0, 1)
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and SwiGLU, each added to the stream."""
+
+    def __init__(self, settings: ModelSettings, seed: int) -> None:
+        super().__init__()
+        hidden, wide = settings.hidden_size, settings.ffn_hidden_size
+        self.attention_norm, self.ffn_norm = nn.RMSNorm(hidden), nn.RMSNorm(hidden)
+        self.attention = SelfAttention(settings, seed)
+        self.up_proj = nn.Linear(hidden, 2 * wide, bias=False)
+        self.down_proj = nn.Linear(wide, hidden, bias=False)
+
+    def forward(self, x: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
+        """[T, hidden] to [T, hidden]."""
+        x = x + self.attention(self.attention_norm(x), layout)
+        gate, value = self.up_proj(self.ffn_norm(x)).chunk(2, -1)
+        return x + self.down_proj(F.silu(gate) * value)
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, norm, and the embedding again as the output's weights.
+
+    Two decoders of one seed have the same weights wherever their shapes agree, whatever their attention.
+
+    Args:
+        seed: of all weights.
+    """
+
+    def __init__(self, settings: ModelSettings, seed: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.embedding = nn.Embedding(settings.vocab_size, settings.hidden_size)
+        if settings.shift:
+            self.shift = nn.Parameter(torch.empty(settings.hidden_size))
+        self.layers = nn.ModuleList(Layer(settings, seed * 1000 + index) for index in range(settings.num_layers))
+        self.norm = nn.RMSNorm(settings.hidden_size)
+        self._initialise(seed)
+
+    def forward(self, tokens: torch.Tensor, layout: SequenceLayout, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits.
+
+        Args:
+            tokens: int64 [T], a pack of sequences as ``layout`` divides it.
+            rows: int64 [R], the rows wanted; None for all.
+
+        Returns:
+            [R, outputs], of the last tokens of the vocabulary.
+        """
+        x = self.embedding(tokens)
+        if self.settings.shift:
+            has_previous = (get_layout_plan(layout, x.device).position > 0)[:, None]
+            x = x * self.shift + x.roll(1, 0) * has_previous * (1 - self.shift)
+        for layer in self.layers:
+            x = layer(x, layout)
+        x = self.norm(x if rows is None else x.index_select(0, rows))
+        weight = self.embedding.weight[-(self.settings.num_outputs or self.settings.vocab_size) :]
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(weight.dtype), weight) * self.settings.hidden_size**-0.5
+
+    @property
+    def attentions(self) -> list[SelfAttention]:
+        """The attention of each layer."""
+        return [layer.attention for layer in self.layers]
+
+    @torch.no_grad()
+    def _initialise(self, seed: int) -> None:
+        """Weights that keep the stream's variance; every parameter has a generator of its own, named after it."""
+        residual = (2 * self.settings.num_layers) ** -0.5
+        for name, parameter in self.named_parameters():
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+            if name == "embedding.weight":
+                parameter.normal_(generator=generator)
+            elif name == "shift":
+                parameter.uniform_(generator=generator)
+            elif name.endswith("gate_proj.weight"):
+                parameter.normal_(std=0.02, generator=generator)
+            elif name.endswith("_proj.weight"):
+                scale = residual if name.endswith(("out_proj.weight", "down_proj.weight")) else 1.0
+                parameter.normal_(std=scale * parameter.shape[1] ** -0.5, generator=generator)
+
+
+def count_parameters(settings: ModelSettings) -> int:
+    """Trained numbers in a decoder of this shape."""
+    return sum(parameter.numel() for parameter in Decoder(settings, seed=0).parameters())

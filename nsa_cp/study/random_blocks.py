@@ -1,0 +1,78 @@
+"""The control for block selection: as many blocks a query, the forced ones kept, the others drawn at random."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from nsa_cp.attention import NativeSparseAttention
+from nsa_cp.config import NSAConfig
+from nsa_cp.context_parallel import SequenceLayout
+from nsa_cp.ops import native_sparse_attention
+
+# Rows whose random scores are held at once.
+_ROWS_AT_ONCE = 8192
+
+
+class RandomBlockAttention(NativeSparseAttention):
+    """Native sparse attention that chooses at random: drawn once for every token of a layout, fixed from then on.
+
+    Args:
+        seed: of the choice. The others are those of :class:`NativeSparseAttention`.
+    """
+
+    def __init__(self, config: NSAConfig, *, seed: int, num_query_groups: int, **settings: Any) -> None:
+        super().__init__(config, num_query_groups=num_query_groups, **settings)
+        self.seed, self.num_query_groups = seed, num_query_groups
+        self._blocks: dict[SequenceLayout, torch.Tensor] = {}
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: Sequence[torch.Tensor],
+        v: Sequence[torch.Tensor],
+        gate_logits: torch.Tensor,
+        layout: SequenceLayout,
+    ) -> torch.Tensor:
+        """As :meth:`NativeSparseAttention.forward`."""
+        if layout not in self._blocks:
+            self._blocks[layout] = random_blocks(layout, self.config, self.num_query_groups, self.seed, q.device)
+        gates = gate_logits.sigmoid()
+        result = native_sparse_attention(
+            q, k, v, gates, self.k_compressor.weights, self.v_compressor.weights, self.config,
+            rotary=self.rotary, layout=layout, blocks=self._blocks[layout],
+        )  # fmt: skip
+        self._record(result.blocks, gates.detach(), layout)
+        return result.out
+
+
+@lru_cache(maxsize=16)
+def random_blocks(layout: SequenceLayout, config: NSAConfig, groups: int, seed: int, device: torch.device) -> torch.Tensor:
+    """A random selection of visible blocks, the forced ones among them; the same for equal arguments on every device.
+
+    Returns:
+        int32 [T, G, n], block numbers within the query's document, ascending, -1 padded, as ``select_blocks`` gives them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    own = torch.from_numpy(layout.local_positions // config.select_block_size)
+    blocks = int(own.max()) + 1 if len(own) else 0
+    chunks = [_choose(part, blocks, config, groups, generator, device) for part in own.split(_ROWS_AT_ONCE)]
+    return torch.cat(chunks)
+
+
+def _choose(
+    own: torch.Tensor, blocks: int, config: NSAConfig, groups: int, generator: torch.Generator, device: torch.device
+) -> torch.Tensor:
+    n = config.num_selected_blocks
+    score = torch.rand(len(own), groups, max(blocks, n), generator=generator).to(device)
+    own = own.to(device)[:, None, None]
+    block = torch.arange(score.shape[-1], device=device)
+    forced = (block < config.num_init_blocks) | (block > own - config.num_local_blocks)
+    score = score.masked_fill(forced, 2.0).masked_fill(block > own, -1.0)
+    best, chosen = score.topk(n, dim=-1)
+    last = score.shape[-1]
+    chosen = chosen.masked_fill(best < 0, last).sort(-1).values
+    return chosen.masked_fill(chosen == last, -1).to(torch.int32)

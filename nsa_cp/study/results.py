@@ -1,0 +1,93 @@
+"""Finished runs, arranged by arm: the chosen learning rate, its runs by seed, and comparisons between arms."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nsa_cp.study.statistics import Interval, mean_interval, paired_difference
+from nsa_cp.study.store import Record
+from nsa_cp.study.table import Study, pick_lr
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """One arm: ``sweep``, the first seed's record for each learning rate, and ``runs``, those of the chosen rate by seed."""
+
+    name: str
+    description: str
+    lr: float
+    sweep: dict[float, Record]
+    runs: dict[int, Record]
+
+    @property
+    def parameters(self) -> int:
+        """Trained numbers of the model."""
+        return next(iter(self.runs.values()))["parameters"]
+
+    def values(self, metric: str) -> dict[int, float]:
+        """A test figure by seed, where it is finite."""
+        found = {seed: record["test"].get(metric) for seed, record in self.runs.items()}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    def mean(self, metric: str) -> Interval | None:
+        """Over seeds; None without a value."""
+        values = list(self.values(metric).values())
+        return mean_interval(values) if values else None
+
+
+def newest_table(records: Iterable[Record], scale: str) -> list[Record]:
+    """The records of the scale's table that was worked on last, those that are done; see ``RunSettings.table_id``."""
+    done = [record for record in records if record["status"] == "done" and record["scale"] == scale]
+    if not done:
+        return []
+    newest = max(done, key=lambda record: record["finished"])["table"]
+    return [record for record in done if record["table"] == newest]
+
+
+def arrange(study: Study, records: Sequence[Record]) -> dict[str, ArmResult]:
+    """Results by arm, in the study's order; arms without a run are left out."""
+    arranged = {}
+    for arm in study.arms:
+        own = [record for record in records if record["arm"] == arm.name]
+        if not own:
+            continue
+        first = min(record["seed"] for record in own)
+        sweep = {record["lr"]: record for record in sorted(own, key=lambda r: r["lr"]) if record["seed"] == first}
+        lr = pick_lr(list(sweep.values()), study.select_by, study.select_highest)
+        if lr is not None:
+            runs = {record["seed"]: record for record in sorted(own, key=lambda r: r["seed"]) if record["lr"] == lr}
+            arranged[arm.name] = ArmResult(arm.name, arm.description, lr, sweep, runs)
+    return arranged
+
+
+def difference(ours: ArmResult, theirs: ArmResult, metric: str) -> Interval | None:
+    """Ours minus theirs over the seeds that both have; None without any."""
+    a, b = ours.values(metric), theirs.values(metric)
+    seeds = sorted(a.keys() & b.keys())
+    return paired_difference([a[seed] for seed in seeds], [b[seed] for seed in seeds]) if seeds else None
+
+
+def write_csv(records: Sequence[Record], path: Path) -> None:
+    """One line a run: what identifies it, its plain figures, and lists and tables of figures spread over columns."""
+    rows = [_flat({key: value for key, value in record.items() if key not in ("curve", "settings")}) for record in records]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested dictionaries and lists as one, names joined by dots."""
+    if isinstance(value, dict):
+        items = list(value.items())
+    elif isinstance(value, list):
+        items = list(enumerate(value))
+    else:
+        return {name: value}
+    return {column: x for key, each in items for column, x in _flat(each, f"{name}.{key}" if name else str(key)).items()}

@@ -1,0 +1,73 @@
+"""What decides a run's result, and the name that follows from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from nsa_cp.study.model import ModelSettings
+from nsa_cp.study.task import Task
+
+# Raise it when the same settings give other results than before: runs of older code are then made again.
+REVISION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How a model is trained: AdamW, linear warm-up, half a cosine to a tenth of the peak rate.
+
+    Args:
+        eval_every: steps between validations.
+        advance_at, stop_at: validation accuracy at which a stage of training, or the last one, ends early; None never.
+        precision: of the forward and of attention; weights and optimizer are float32.
+    """
+
+    warmup_steps: int = 50
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip_norm: float = 1.0
+    eval_every: int = 50
+    advance_at: float | None = None
+    stop_at: float | None = None
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """One row of a study's table."""
+
+    study: str
+    scale: str
+    arm: str
+    lr: float
+    seed: int
+    model: ModelSettings
+    train: TrainSettings
+    task: Task
+
+    @cached_property
+    def run_id(self) -> str:
+        """Twelve hexadecimal digits of a hash of all settings."""
+        text = json.dumps([REVISION, self.as_dict()], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @cached_property
+    def table_id(self) -> str:
+        """Eight hexadecimal digits of a hash of what is the same for all runs of one table."""
+        common = [REVISION, self.study, self.scale, asdict(self.train), asdict(self.task)]
+        return hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()[:8]
+
+    @property
+    def kernels(self) -> str:
+        """What the attention's kernels are compiled for: runs that agree in it wait for the first to compile them."""
+        m = self.model
+        if m.attention == "full":
+            return ""
+        return repr((m.attention, m.num_attention_heads // m.num_query_groups, m.kv_channels, m.nsa, self.train.precision))
+
+    def as_dict(self) -> dict[str, Any]:
+        """All settings as JSON values."""
+        return asdict(self)

@@ -1,0 +1,64 @@
+"""Finished runs on disk: one JSON object a line, only ever appended to, so that an interrupted study loses nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+class RunStore:
+    """The runs of one study.
+
+    A line holds ``run`` (see ``RunSettings.run_id``), ``status`` (``done`` or ``failed``) and what the run gave. A run that
+    stands there twice counts as its last line says.
+
+    Args:
+        path: the file; it and its folder are made when the first run is added.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def load(self) -> dict[str, Record]:
+        """Records by run, in the order in which they were added. A last line that was cut off is left out."""
+        if not self.path.is_file():
+            return {}
+        records = {}
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # cut off when the process was killed: that run is made again
+            records[record["run"]] = record
+        return records
+
+    def add(self, record: Record) -> None:
+        """Append a record and have it on disk before returning. Numbers that are not finite become null."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps(_finite(record), allow_nan=False)
+        with self.path.open("a+b") as file:
+            # After a line that was cut off a new one begins.
+            file.seek(0, os.SEEK_END)
+            if file.tell() and _last_byte(file) != b"\n":
+                file.write(b"\n")
+            file.write(line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _last_byte(file: Any) -> bytes:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

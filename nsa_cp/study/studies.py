@@ -1,0 +1,154 @@
+"""The studies by name and scale: ``full`` for one GPU, ``tiny`` to show in seconds on a CPU that everything runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from nsa_cp.config import NSAConfig, RotaryConfig
+from nsa_cp.study.arms import ARMS
+from nsa_cp.study.corpus import Corpus, build_corpus, installed_packages
+from nsa_cp.study.language import LanguageTask
+from nsa_cp.study.model import ModelSettings
+from nsa_cp.study.recall import RecallShape
+from nsa_cp.study.recall_tasks import MqarTask, PasskeyTask, RecallStage
+from nsa_cp.study.settings import TrainSettings
+from nsa_cp.study.table import Claim, Study
+from nsa_cp.study.task import Stage
+
+STUDIES = ("mqar", "passkey", "language")
+SCALES = ("full", "mini", "tiny")
+
+# Sequences of 4096 tokens are more than 8 times what a query sees of the tokens themselves: 8 blocks of 32 and a window of 128.
+_NSA = NSAConfig(compress_block_size=16, compress_stride=8, select_block_size=32, num_selected_blocks=8, window_size=128)
+_SMALL_NSA = NSAConfig(
+    compress_block_size=8, compress_stride=4, select_block_size=16, num_selected_blocks=4, num_local_blocks=1, window_size=32
+)
+_TEXT_BYTES = {"full": 96 << 20, "mini": 16 << 20, "tiny": 1 << 20}
+# A quarter of the channels turn: the others compare tokens at any distance alike.
+_ROTARY = RotaryConfig(percent=0.25)
+
+
+def _shape(length: int, pairs: int, queries: int, gap: int, stride: int, kinds: tuple[int, int, int]) -> RecallShape:
+    fillers, keys, values = kinds
+    return RecallShape(
+        length=length, num_pairs=pairs, num_queries=queries, min_gap=gap, pair_stride=stride,
+        num_fillers=fillers, num_keys=keys, num_values=values,
+    )  # fmt: skip
+
+
+def _schedule(tokens: int, kinds: tuple[int, int, int], *rows: tuple[int, int, int, int, int, int]) -> tuple[RecallStage, ...]:
+    """Stages of ``tokens`` a step from rows (length, pairs, queries, gap, stride, steps)."""
+    return tuple(
+        RecallStage(shape=_shape(length, *shape, kinds), num_sequences=tokens // length, steps=steps)
+        for length, *shape, steps in rows
+    )
+
+
+def build_study(name: str, scale: str, text: Path | None = None, corpus: Corpus | None = None) -> Study:
+    """A study of :data:`STUDIES` at a scale of :data:`SCALES`.
+
+    Args:
+        text: folder of packages for ``language``; None for the installed ones.
+        corpus: a text built before, in place of ``text``.
+
+    Raises:
+        UserError: a folder with too little text.
+    """
+    if name == "language":
+        return _language(scale, corpus or build_corpus(text or installed_packages(), _TEXT_BYTES[scale]))
+    return {"mqar": _mqar, "passkey": _passkey}[name](scale)
+
+
+def scale_steps(study: Study, factor: float) -> Study:
+    """The same study with ``factor`` times the training steps in every stage, at least one."""
+
+    def scaled(stage: Stage | RecallStage) -> Stage | RecallStage:
+        return replace(stage, steps=max(1, round(stage.steps * factor)))
+
+    task = study.task
+    if isinstance(task, LanguageTask):
+        return replace(study, task=replace(task, stage=scaled(task.stage)))
+    return replace(study, task=replace(task, schedule=tuple(map(scaled, task.schedule))))
+
+
+def _recall_model(scale: str, task: MqarTask | PasskeyTask, num_values: int) -> ModelSettings:
+    common = {"vocab_size": task.vocab_size, "num_outputs": num_values, "shift": True, "rotary": _ROTARY}
+    if scale == "full":
+        return ModelSettings(hidden_size=128, kv_channels=64, ffn_hidden_size=352, nsa=_NSA, **common)
+    hidden = 64 if scale == "mini" else 32
+    return ModelSettings(hidden_size=hidden, kv_channels=hidden // 2, ffn_hidden_size=3 * hidden, nsa=_SMALL_NSA, **common)
+
+
+def _recall_train(scale: str) -> TrainSettings:
+    if scale == "full":
+        return TrainSettings(warmup_steps=40, eval_every=25, advance_at=0.98, stop_at=0.999)
+    return TrainSettings(warmup_steps=10, eval_every=25, advance_at=0.98, stop_at=0.999, precision="float32")
+
+
+def _mqar(scale: str) -> Study:
+    # Rows: length, pairs, questions, gap, stride, steps. Pairs take a quarter of a sequence; at full length no window reaches
+    # from a question to a pair, not over all layers.
+    if scale == "full":
+        kinds = (64, 512, 64)
+        schedule = _schedule(32768, kinds, (256, 16, 96, 64, 4, 300), (1024, 64, 256, 288, 4, 200), (4096, 256, 1024, 512, 4, 400))
+    elif scale == "mini":
+        kinds = (32, 128, 32)
+        schedule = _schedule(8192, kinds, (64, 4, 32, 12, 4, 150), (512, 32, 128, 80, 4, 150))
+    else:
+        kinds = (8, 16, 8)
+        schedule = _schedule(512, kinds, (64, 4, 16, 8, 4, 4), (256, 8, 32, 80, 4, 4))
+    task = MqarTask(schedule=schedule, test_batches=8 if scale == "full" else 2)
+    return Study(
+        name="mqar", scale=scale, title="Multi-query associative recall", task=task,
+        model=_recall_model(scale, task, kinds[-1]), train=_recall_train(scale), arms=ARMS, lrs=(2e-3, 4e-3, 8e-3),
+        seeds=(0, 1, 2), select_by="accuracy", select_highest=True, claims=(Claim(metric="accuracy", margin=0.01),),
+    )  # fmt: skip
+
+
+def _passkey(scale: str) -> Study:
+    if scale == "full":
+        kinds, tested = (64, 512, 64), (8192, 32768, 65536)
+        schedule = _schedule(
+            65536, kinds, (512, 16, 96, 64, 2, 150), (2048, 16, 256, 300, 2, 150), (8192, 16, 512, 512, 2, 250),
+            (32768, 16, 512, 512, 2, 40), (65536, 16, 512, 512, 2, 40),
+        )  # fmt: skip
+        depths, count, tokens, gap = tuple(x / 8 for x in range(9)), 16, 65536, 512
+    elif scale == "mini":
+        kinds, tested = (32, 128, 32), (512, 1024)
+        schedule = _schedule(8192, kinds, (64, 4, 32, 8, 2, 150), (512, 4, 128, 80, 2, 150), (1024, 4, 128, 80, 2, 20))
+        depths, count, tokens, gap = (0.0, 0.5, 1.0), 4, 4096, 80
+    else:
+        kinds, tested = (8, 16, 8), (128, 256)
+        schedule = _schedule(512, kinds, (128, 4, 16, 66, 2, 4), (256, 4, 16, 80, 2, 2))
+        depths, count, tokens, gap = (0.0, 1.0), 4, 512, 66
+    tests_at = tuple((_shape(length, count, count, gap, 2, kinds), tokens // length) for length in tested)
+    task = PasskeyTask(schedule=schedule, tests_at=tests_at, depths=depths, test_batches=2 if scale == "full" else 1)
+    return Study(
+        name="passkey", scale=scale, title="Passkey retrieval", task=task, model=_recall_model(scale, task, kinds[-1]),
+        train=_recall_train(scale), arms=ARMS, lrs=(2e-3, 4e-3, 8e-3), seeds=(0, 1, 2), select_by="accuracy", select_highest=True,
+        claims=tuple(Claim(metric=f"accuracy_{length}", margin=0.01) for length in tested),
+    )  # fmt: skip
+
+
+def _language(scale: str, corpus: Corpus) -> Study:
+    # Half of the channels turn: text asks for places as well as for likenesses.
+    rotary, claims = RotaryConfig(percent=0.5), (Claim(metric="trailing_loss", margin=0.005, relative=True, higher_is_better=False),)
+    if scale == "full":
+        task = LanguageTask(corpus=corpus, stage=Stage(600, 8, 8192), valid_batches=4, test_batches=16)
+        model = ModelSettings(vocab_size=256, num_layers=4, hidden_size=256, ffn_hidden_size=704, rotary=rotary, nsa=_NSA)
+        train = TrainSettings(warmup_steps=60, weight_decay=0.1, betas=(0.9, 0.95), eval_every=100)
+    else:
+        mini = scale == "mini"
+        stage = Stage(300, 8, 1024) if mini else Stage(6, 2, 256)
+        task = LanguageTask(corpus=corpus, stage=stage, valid_batches=2, test_batches=4 if mini else 2)
+        hidden = 96 if mini else 32
+        model = ModelSettings(
+            vocab_size=256, hidden_size=hidden, kv_channels=hidden // 3 if mini else 16, ffn_hidden_size=3 * hidden,
+            rotary=rotary, nsa=_SMALL_NSA,
+        )  # fmt: skip
+        train = TrainSettings(warmup_steps=20, weight_decay=0.1, betas=(0.9, 0.95), eval_every=50, precision="float32")
+    return Study(
+        name="language", scale=scale, title="Language modelling on bytes of Python sources", task=task, model=model, train=train,
+        arms=ARMS, lrs=(1e-3, 2e-3, 4e-3), seeds=(0, 1, 2), select_by="trailing_loss", select_highest=False, claims=claims,
+    )  # fmt: skip

@@ -1,0 +1,141 @@
+"""``nsa-cp bench context-parallel`` over gloo, small: rows, header, plots, the check, and transfers answered from memory."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from nsa_cp.bench import context_parallel
+from nsa_cp.bench.inputs import HeadLayout
+from nsa_cp.bench.replay import RecordedTransfers
+from nsa_cp.cli.main import main
+from nsa_cp.config import NSAConfig
+from nsa_cp.context_parallel import SequenceLayout, count_traffic
+from nsa_cp.ops import pipeline
+from nsa_cp.testing.cases import make_problem, solve
+
+HEADER = (
+    "seq_len,num_heads,num_groups,qk_dim,v_dim,cp,layout,comm,pass,p50_ms,one_gpu_p50_ms,efficiency,exposed_ms,peak_gib,gpu,"
+    "commit"
+)
+SIZES = [
+    "--seq-lens", "128", "192", "--heads", "4/2x16/8", "--compress-block-size=8", "--compress-stride=4",
+    "--select-block-size=16", "--num-selected-blocks=4", "--window-size=32", "--layouts", "zigzag", "contiguous",
+]  # fmt: skip
+CONFIG = NSAConfig(
+    compress_block_size=8, compress_stride=4, select_block_size=16, num_selected_blocks=4, window_size=32, backend="torch"
+)
+
+
+def _bench(rank: int, world_size: int, *arguments: str) -> int:
+    return main(["bench", "context-parallel", *SIZES, *arguments])
+
+
+def _bench_without_memory(rank: int, world_size: int, file: str) -> int:
+    """The whole sequence does not fit on rank 1."""
+    measure = context_parallel._local_figures
+
+    def limited(seq_len: int, settings: context_parallel.Settings, group: object) -> object:
+        if group is None and rank == 1:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return measure(seq_len, settings, group)
+
+    with mock.patch.object(context_parallel, "_local_figures", limited):
+        return _bench(rank, world_size, "--repetitions=3", "--seconds=0.01", "--comms", "all_gather", "--csv", file)
+
+
+@pytest.mark.distributed
+def test_rows_of_every_combination_and_plots(workers, tmp_path: Path) -> None:
+    file = tmp_path / "context_parallel.csv"
+    assert workers(2).run(_bench, "--repetitions=3", "--seconds=0.01", "--csv", str(file)) == [0, 0]
+    assert file.read_text(encoding="utf-8").splitlines()[0] == HEADER
+    rows = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
+    measured = {(row["seq_len"], row["cp"], row["layout"], row["comm"], row["pass"]) for row in rows}
+    assert measured == {
+        (length, *case, pass_)
+        for length in ("128", "192")
+        for pass_ in ("forward", "backward")
+        for case in [
+            ("1", "zigzag", "none"),
+            *(("2", kind, comm) for kind in ("zigzag", "contiguous") for comm in ("ring", "all_gather")),
+        ]
+    }
+    for row in rows:
+        one, time, exposed = float(row["one_gpu_p50_ms"]), float(row["p50_ms"]), float(row["exposed_ms"])
+        assert one > 0 and time > 0 and exposed < time
+        if row["cp"] == "2":
+            assert float(row["efficiency"]) == pytest.approx(one / 2 / time, abs=1e-3)
+    names = {f"context_parallel_{what}.png" for what in ("efficiency", "exposed", "memory")}
+    assert {path.name for path in tmp_path.glob("*.png")} == names
+
+
+@pytest.mark.distributed
+def test_a_sequence_that_one_gpu_cannot_hold_is_still_measured(workers, tmp_path: Path) -> None:
+    file = tmp_path / "context_parallel.csv"
+    assert workers(2).run(_bench_without_memory, str(file)) == [0, 0]
+    rows = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
+    assert rows and all(row["cp"] == "2" and row["one_gpu_p50_ms"] == row["efficiency"] == "nan" for row in rows)
+
+
+def _check(rank: int, world_size: int, broken: bool) -> int:
+    select = pipeline.select_blocks_forward
+
+    def other(*arguments: object) -> torch.Tensor:
+        blocks = select(*arguments).clone()
+        if arguments[3].layout.cp_size > 1:
+            blocks[-1, 0, -1] = 1
+        return blocks
+
+    with mock.patch.object(pipeline, "select_blocks_forward", other if broken else select):
+        return _bench(rank, world_size, "--check", "--comms", "all_gather")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_check_compares_selections(workers, broken: bool) -> None:
+    assert workers(2).run(_check, broken) == [int(broken)] * 2
+
+
+def _replay(rank: int, world_size: int, comm: str) -> None:
+    config = NSAConfig(**{**CONFIG.__dict__, "compressed_comm": comm})
+    layout = SequenceLayout.build(192, cp_size=world_size, cp_rank=rank)
+    problem = make_problem(config, (0, 192), dtype=torch.float32).shard(layout)
+
+    def run(x: object) -> dict[str, torch.Tensor]:
+        return solve(x, layout=layout, group=dist.group.WORLD)
+
+    recorded = RecordedTransfers()
+    with recorded.record():
+        expected = run(problem)
+    for _ in range(2):
+        with recorded.replay(), count_traffic() as traffic:
+            answers = run(problem)
+        assert traffic.transfers == 0, "something was sent"
+        assert all(torch.equal(answers[name], expected[name]) for name in expected)
+    shorter = SequenceLayout.build(128, cp_size=world_size, cp_rank=rank)
+    with recorded.replay(), pytest.raises(ValueError, match="recorded run had no such"):
+        solve(make_problem(config, (0, 128), dtype=torch.float32).shard(shorter), layout=shorter, group=dist.group.WORLD)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("comm", ["all_gather", "ring"])
+def test_replayed_transfers_give_the_same_answers_and_send_nothing(workers, comm: str) -> None:
+    workers(2).run(_replay, comm)
+
+
+def test_outside_torchrun_it_says_how_to_start(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    assert main(["bench", "context-parallel"]) == 2
+    assert "torchrun --nproc-per-node 2 -m nsa_cp.cli.main bench context-parallel" in capsys.readouterr().err
+
+
+def test_settings_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setenv("RANK", "0")
+    assert main(["bench", "timeline", "--heads", "64:4"]) == 2
+    assert "has the form HEADS/GROUPSxDIM" in capsys.readouterr().err
+    assert HeadLayout.parse("64/4x128").v_dim == 128

@@ -1,0 +1,174 @@
+"""The cost model against cases worked out by hand, and the files it reads."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nsa_cp.bench.cost_model import (
+    GIB,
+    NVLINK,
+    UNIT,
+    CostModel,
+    KernelTimes,
+    Link,
+    fit_kernel_times,
+    fit_line_and_square,
+)
+from nsa_cp.bench.inputs import HeadLayout
+from nsa_cp.cli.main import main
+from nsa_cp.config import NSAConfig
+
+HEADS = HeadLayout(8, 2, 64, 64)
+# Bytes of one token's key and value of one group, 16 bits.
+TOKEN = (64 + 64) * 2
+CONFIG = NSAConfig(
+    compress_block_size=32, compress_stride=16, select_block_size=64, num_selected_blocks=16, window_size=512,
+    compressed_comm="all_gather", layout="zigzag",
+)  # fmt: skip
+STAGES = {"compression": 1.0, "window": 8.0, "compressed": 6.0, "selection": 4.0, "selected": 20.0, "gating": 2.0}
+# Copies of no length: only kernels and transfers count.
+KERNELS = KernelTimes(
+    HEADS, {(pass_, s): ms for pass_ in ("forward", "backward") for s, ms in STAGES.items()},
+    {"forward": 1e4, "backward": 2e4}, copy_bytes_per_ms=float("inf"),
+)  # fmt: skip
+
+
+def _link(all_gather: float, exchange: float = 0.0, reduce_scatter: float = 0.0) -> Link:
+    """Transfers of so many ms, however large."""
+    points = (((0.0, ms), (1.0, ms)) for ms in (all_gather, exchange, reduce_scatter))
+    return Link(*points, step_ms=0.0)
+
+
+def test_a_link_follows_its_points() -> None:
+    link = Link(((10.0, 1.0), (20.0, 2.0), (40.0, 8.0)), ((0.0, 5.0), (1.0, 6.0)), ((0.0, 1.0), (2.0, 2.0)), step_ms=0.5)
+    assert [link.time("all_gather", n, 2) for n in (1, 10, 15, 20, 30, 40, 50)] == [1.0, 1.0, 1.5, 2.0, 5.0, 8.0, 11.0]
+    assert link.time("all_gather", 15, 4) == 2.5 and link.time("exchange", 1, 4) == 6.0
+    assert NVLINK.time("all_gather", 67 * 2**20, 2) == pytest.approx(0.36)
+    assert Link.of_rate(50, 0.1, 0.0).time("exchange", 50e6, 2) == pytest.approx(1.1)
+
+
+def test_free_transfers_leave_the_kernels() -> None:
+    model = CostModel(KERNELS, _link(0.0), CONFIG)
+    forward = model.predict("forward", UNIT, 4)
+    assert forward.ms == pytest.approx(41 / 4) and forward.exposed_ms == 0 and forward.efficiency == pytest.approx(1)
+    # Twice the tokens: linear stages twice (31 -> 62), quadratic ones four times (10 -> 40).
+    assert model.predict("forward", 2 * UNIT, 4).ms == pytest.approx(102 / 4)
+    # The backward runs the compressor's forward once more; one GPU's backward does so too, in its measured time.
+    assert model.predict("backward", UNIT, 4).ms == pytest.approx((41 - 4) / 4 + 4 / 4 * 0 + 1 / 4)
+
+
+def test_forward_transfers_by_hand() -> None:
+    """cp 2: window 4 ms; the all-gathers of compressed tokens and of the first group end at 2.5 + 3 and 2.5 + 6."""
+    forward = CostModel(KERNELS, _link(all_gather=3.0, exchange=2.0), CONFIG).predict("forward", UNIT, 2)
+    # Halo 0-2 exposed. Compression 2-2.5. Window 2.5-6.5, compressed tokens are there at 5.5. Compressed 6.5-9.5, selection
+    # -11.5; first group there at 8.5, second at 14.5 after it was issued at 11.5; selected 11.5-16.5, -21.5; gating -22.5.
+    assert forward.ms == pytest.approx(22.5) and forward.exposed_ms == pytest.approx(2.0)
+    slow = CostModel(KERNELS, _link(all_gather=12.0, exchange=2.0), CONFIG).predict("forward", UNIT, 2)
+    # Compressed tokens there at 14.5, 8 late; compressed and selection -19.5; first group there at 26.5, 7 late; the second
+    # at 38.5: selected 26.5-31.5, 7 late, 38.5-43.5; gating -44.5.
+    assert slow.ms == pytest.approx(44.5) and slow.exposed_ms == pytest.approx(2 + 8 + 7 + 7)
+
+
+def test_backward_transfers_by_hand() -> None:
+    backward = CostModel(KERNELS, _link(1.0, exchange=2.0, reduce_scatter=4.0), CONFIG).predict("backward", UNIT, 2)
+    # Halo 0-2, gating 0-1 beside it: 1 exposed. Compressor again 2-2.5. Compressed tokens there at 3.5 (1 exposed), first group
+    # at 4.5, second issued at 3.5, there at 5.5. First group waits from 3.5 to 4.5 (1 exposed), 8.5 ms of kernels -13, sums
+    # 13-17; second -21.5, the first's sums are there; its own 21.5-25.5 (4 exposed). Compression -26, halo -28 (2 exposed).
+    assert backward.ms == pytest.approx(28.0) and backward.exposed_ms == pytest.approx(1 + 1 + 1 + 4 + 2)
+
+
+def test_the_last_rank_of_a_contiguous_cut_does_more() -> None:
+    model = CostModel(KERNELS, _link(0.0), replace(CONFIG, layout="contiguous"))
+    assert model.predict("forward", UNIT, 4).ms == pytest.approx((31 + 10 * 1.75) / 4)
+
+
+def test_the_ring_pays_for_its_second_normaliser() -> None:
+    ring = CostModel(KERNELS, _link(0.0), replace(CONFIG, compressed_comm="ring")).predict("forward", UNIT, 2)
+    assert ring.ms == pytest.approx((41 + 6 / 2) / 2)
+
+
+def test_memory_by_hand() -> None:
+    raw, compressed = UNIT * TOKEN, UNIT * TOKEN * 2 / 16
+    model = CostModel(KERNELS, _link(0.0), CONFIG)
+    assert model.peak_gib("forward", UNIT, 1) == pytest.approx(1e4 * UNIT / GIB)
+    assert model.peak_gib("forward", UNIT, 2) == pytest.approx((1e4 * UNIT / 2 + compressed + 3 * raw) / GIB)
+    expected = 2e4 * UNIT / 2 + compressed + 3 * raw + 6 * (raw + compressed / 2)
+    assert model.peak_gib("backward", UNIT, 2) == pytest.approx(expected / GIB)
+
+
+def test_coefficients_are_found_again() -> None:
+    assert fit_line_and_square([(x, 3 * x + 2 * x * x) for x in (0.5, 1, 2, 8)]) == pytest.approx((3, 2))
+    a, b = fit_line_and_square([(1, 2.0), (2, 3.9), (4, 7.5)])
+    assert b == 0 and a == pytest.approx(1.93, abs=0.03), "a square would have to be negative"
+    assert fit_line_and_square([(1, 1.0), (2, 4.2)])[0] == 0
+
+
+def test_kernel_times_split_totals_by_stage() -> None:
+    stages = {("forward", "window"): 1.0, ("forward", "selected"): 3.0, ("forward", "compressed"): 2.0}
+    totals = {"forward": {UNIT // 8: 99.0, UNIT: 10.0, 2 * UNIT: 28.0}}
+    kernels = fit_kernel_times(totals, stages, {"forward": {UNIT: 1.0, 2 * UNIT: 2.0}}, HEADS)
+    assert kernels.at("forward", "window", UNIT) == pytest.approx(1.5)
+    assert kernels.at("forward", "selected", 2 * UNIT) == pytest.approx(9.0)
+    assert kernels.at("forward", "compressed", 2 * UNIT) == pytest.approx(16.0)
+    assert kernels.total("forward", 2 * UNIT) == pytest.approx(28.0)
+    assert kernels.bytes_per_token["forward"] == pytest.approx(GIB / UNIT)
+    one = fit_kernel_times({"forward": {UNIT: 12.0}}, stages, {}, HEADS)
+    assert one.at("forward", "compressed", UNIT) == pytest.approx(4.0) and one.total("forward", UNIT) == pytest.approx(12)
+    with pytest.raises(ValueError, match="no kernel times for the forward"):
+        fit_kernel_times({"forward": {}}, stages, {}, HEADS)
+
+
+def _write(path: Path, rows: list[dict[str, object]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def _files(folder: Path) -> tuple[Path, Path]:
+    heads = {"num_heads": 8, "num_groups": 2, "qk_dim": 64, "v_dim": 64}
+    attention = [
+        {"seq_len": UNIT, **heads, "inputs": "random", "impl": "nsa", "stage": stage, "pass": pass_, "p50_ms": ms, "peak_gib": 1}
+        for pass_ in ("forward", "backward")
+        for stage, ms in {"all": 50.0, **STAGES}.items()
+    ]
+    parallel = [
+        {
+            "seq_len": n * UNIT, **heads, "cp": cp, "layout": "zigzag", "comm": "none" if cp == 1 else "all_gather",
+            "pass": pass_, "p50_ms": (31 * n + 10 * n * n) / cp * (1 if cp == 1 else 1.25), "exposed_ms": 0.5, "peak_gib": n / cp,
+        }
+        for n in (1, 4) for cp in (1, 2) for pass_ in ("forward", "backward")
+    ]  # fmt: skip
+    return _write(folder / "attention.csv", attention), _write(folder / "context_parallel.csv", parallel)
+
+
+def test_check_compares_every_measured_point(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    attention, parallel = _files(tmp_path)
+    files = ["--attention-csv", str(attention), "--csv", str(parallel), "--heads", "8/2x64"]
+    assert main(["bench", "cost-model", "--check", *files]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 + 2 and all("measured" in line for line in lines[:4])
+    # The kernels alone are 20% below what was "measured"; communication adds a little.
+    assert "of 2 points" in lines[4] and 10 < float(lines[4].split("mean error ")[1].split("%")[0]) < 20
+    assert main(["bench", "cost-model", *files, "--cp", "2", "512", "--seq-lens", "65536", "4194304"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1:3] for line in table[2:]] == [[" 64k ", " 2 "], [" 4M ", " 2 "], [" 4M ", " 512 "]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--check", "--csv", "nothing.csv"], "nothing.csv does not exist"),
+        (["--cp", "1"], "--cp 1 has nothing to communicate"),
+        (["--heads", "16/2x64"], "no stages of"),
+    ],
+)
+def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture, arguments: list[str], message: str) -> None:
+    attention, parallel = _files(tmp_path)
+    assert main(["bench", "cost-model", "--attention-csv", str(attention), "--csv", str(parallel), *arguments]) == 2
+    assert message in capsys.readouterr().err
