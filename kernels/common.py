@@ -106,6 +106,14 @@ def check_heads(num_heads: int, num_groups: int) -> int:
 
 
 @triton.jit
+def this_query_tile(num_tokens, TOKENS: tl.constexpr):
+    """Query tile and group of this program: group after group, so that one group's keys and values stay in the cache, and
+    within a group late tiles, which see most, first."""
+    tiles = tl.cdiv(num_tokens, TOKENS)
+    return tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles
+
+
+@triton.jit
 def tile_rows(tile, group, num_tokens, HEADS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr):
     """Token and head of every row of a query tile, and whether the row exists (others repeat the last token)."""
     row = tl.arange(0, ROWS)

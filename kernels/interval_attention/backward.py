@@ -26,6 +26,7 @@ from ..common import (
     load_wide,
     split_width,
     store_tile,
+    this_query_tile,
     tile_rows,
     widths,
     zeros_wide,
@@ -148,9 +149,8 @@ def query_tile(
     DK: tl.constexpr, DK_HEAD: tl.constexpr, DK_TAIL: tl.constexpr,
     DV: tl.constexpr, DV_HEAD: tl.constexpr, DV_TAIL: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """This program's query tile: tile, group, token, head, valid, q, do. Late tiles, which see most, start first."""
-    group = tl.program_id(0) % GROUPS
-    tile = tl.cdiv(num_tokens, TOKENS) - 1 - tl.program_id(0) // GROUPS
+    """This program's query tile: tile, group, token, head, valid, q, do."""
+    tile, group = this_query_tile(num_tokens, TOKENS)
     token, head, valid = tile_rows(tile, group, num_tokens, HEADS, TOKENS, ROWS)
     row = token.to(tl.int64)
     q, q_tail = load_wide(q_ptr, row * q_stride_t + head * q_stride_h, valid, DK_HEAD, DK_TAIL, DK, False)
@@ -240,12 +240,12 @@ def load_queries(
 
 
 @triton.jit
-def _query_tiles(q_begin, q_end, split, SPLITS: tl.constexpr, TOKENS: tl.constexpr):
+def _query_tiles(q_begin, q_end, split, splits, TOKENS: tl.constexpr):
     """First and last of this split's share of the query tiles that see any of the keys."""
     some = q_begin < q_end
     stop = tl.cdiv(tl.max(tl.where(some, q_end, 0), 0), TOKENS)
     start = tl.minimum(tl.min(tl.where(some, q_begin, INT_MAX), 0) // TOKENS, stop)
-    share = tl.cdiv(stop - start, SPLITS)
+    share = tl.cdiv(stop - start, splits)
     return tl.minimum(start + share * split, stop), tl.minimum(start + share * (split + 1), stop)
 
 
@@ -264,25 +264,25 @@ def store_dkv(
         store_tile(dv_ptr, row * DV, keep, dv_tail, DV_HEAD, DV_TAIL, DV, False)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_keys"])
+@triton.jit(do_not_specialize=["num_tokens", "num_keys", "splits"])
 def interval_attention_backward_dkv_kernel(
     q_ptr, do_ptr, k_ptr, v_ptr, q_tiles, q_tail_tiles, do_tiles, do_tail_tiles, shift_ptr, delta_ptr,
     q_begin_ptr, q_end_ptr, dk_ptr, dv_ptr,
     q_stride_t, q_stride_h, do_stride_t, do_stride_h, k_stride_m, k_stride_g, v_stride_m, v_stride_g,
-    num_tokens, num_keys, scale, scale_log2,
+    num_tokens, num_keys, splits, scale, scale_log2,
     GROUPS: tl.constexpr, HEADS: tl.constexpr,
     DK: tl.constexpr, DK_HEAD: tl.constexpr, DK_TAIL: tl.constexpr,
     DV: tl.constexpr, DV_HEAD: tl.constexpr, DV_TAIL: tl.constexpr,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     BULK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: one key tile of one group and one share of its queries; dk, dv [SPLITS, M, G, D] partial sums.
+    """One program: one key tile of one group and one share of its queries; dk, dv [splits, M, G, D] partial sums.
 
     Early key tiles, which causal attention shows to most queries, start first.
     """
     group = tl.program_id(0) % GROUPS
-    split = tl.program_id(0) // GROUPS % SPLITS
-    tile = tl.program_id(0) // (GROUPS * SPLITS)
+    split = tl.program_id(0) // GROUPS % splits
+    tile = tl.program_id(0) // (GROUPS * splits)
     wanted = tile * KEYS + tl.arange(0, KEYS)
     # Keys past the end repeat the last one; only their stores are masked.
     key = tl.minimum(wanted, num_keys - 1)
@@ -292,7 +292,7 @@ def interval_attention_backward_dkv_kernel(
     v, v_tail = load_wide(v_ptr + group.to(tl.int64) * v_stride_g, offset * v_stride_m, keep, DV_HEAD, DV_TAIL, DV, False)
     q_begin = tl.load(q_begin_ptr + key)
     q_end = tl.load(q_end_ptr + key)
-    first, last = _query_tiles(q_begin, q_end, split, SPLITS, TOKENS)
+    first, last = _query_tiles(q_begin, q_end, split, splits, TOKENS)
     dk, dk_tail = zeros_wide(KEYS, DK_HEAD, DK_TAIL)
     dv, dv_tail = zeros_wide(KEYS, DV_HEAD, DV_TAIL)
     # One loop, whose every tile is masked: a second one without masks costs more in registers than the masks do.
@@ -417,8 +417,9 @@ def interval_attention_backward_dkv(
     interval_attention_backward_dkv_kernel[(programs * splits,)](
         q, do, k, v, *bulk_tiles(q, tile_tokens, heads, dk_split, bulk), *bulk_tiles(do, tile_tokens, heads, dv_split, bulk),
         shift.contiguous(), delta.contiguous(), q_begin, q_end, dk, dv,
-        *q.stride()[:2], *do.stride()[:2], *k.stride()[:2], *v.stride()[:2], tokens, num_keys, scale, scale * LOG2_E.value,
-        TOKENS=tile_tokens, ROWS=config.rows, KEYS=config.keys, SPLITS=splits, BULK=bulk,
+        *q.stride()[:2], *do.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        tokens, num_keys, splits, scale, scale * LOG2_E.value,
+        TOKENS=tile_tokens, ROWS=config.rows, KEYS=config.keys, BULK=bulk,
         **widths(groups, heads, dk_width, dv_width), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return (dk[0], dv[0]) if splits == 1 else (dk.sum(0), dv.sum(0))

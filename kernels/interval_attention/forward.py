@@ -22,6 +22,7 @@ from ..common import (
     load_bulk,
     load_wide,
     store_tile,
+    this_query_tile,
     tile_rows,
     widths,
     zeros_wide,
@@ -123,8 +124,7 @@ def interval_attention_forward_kernel(
     BULK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one query tile of one group. Late tiles, which see most in causal attention, start first."""
-    group = tl.program_id(0) % GROUPS
-    tile = tl.cdiv(num_tokens, TOKENS) - 1 - tl.program_id(0) // GROUPS
+    tile, group = this_query_tile(num_tokens, TOKENS)
     token, head, valid = tile_rows(tile, group, num_tokens, HEADS, TOKENS, ROWS)
     row = token.to(tl.int64)
     q, q_tail = load_wide(q_ptr, row * q_stride_t + head * q_stride_h, valid, DK_HEAD, DK_TAIL, DK, False)

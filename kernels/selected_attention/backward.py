@@ -187,16 +187,16 @@ def _block_rows(block, first, block_start_ptr, num_blocks, num_keys, BLOCK: tl.c
     return key, (within < BLOCK) & (key < tl.minimum(following, num_keys))
 
 
-@triton.jit(do_not_specialize=["num_keys", "num_blocks", "first_group", "last_group"])
+@triton.jit(do_not_specialize=["num_keys", "num_blocks", "chunk", "first_group", "last_group"])
 def selected_attention_backward_dkv_kernel(
     q_ptr, do_ptr, k_ptr, v_ptr, shift_ptr, delta_ptr, dk_ptr, dv_ptr, dk_parts_ptr, dv_parts_ptr,
     queries_ptr, offsets_ptr, item_offsets_ptr, slot_offsets_ptr, item_lists_ptr, block_start_ptr, position_ptr, key_start_ptr,
     q_stride_t, q_stride_h, do_stride_t, do_stride_h, k_stride_s, k_stride_g, v_stride_s, v_stride_g,
-    num_keys, num_blocks, first_group, last_group, scale, scale_log2,
+    num_keys, num_blocks, chunk, first_group, last_group, scale, scale_log2,
     GROUPS: tl.constexpr, HEADS: tl.constexpr,
     DK: tl.constexpr, DK_HEAD: tl.constexpr, DK_TAIL: tl.constexpr,
     DV: tl.constexpr, DV_HEAD: tl.constexpr, DV_TAIL: tl.constexpr,
-    BLOCK: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: KEYS rows of one block against one work item of the queries that chose it.
@@ -217,8 +217,8 @@ def selected_attention_backward_dkv_kernel(
 
     number = item - tl.load(item_offsets_ptr + visit)
     list_first = tl.load(offsets_ptr + visit)
-    first = list_first + number * CHUNK
-    last = tl.minimum(first + CHUNK, tl.load(offsets_ptr + visit + 1))
+    first = list_first + number * chunk
+    last = tl.minimum(first + chunk, tl.load(offsets_ptr + visit + 1))
     last = tl.where(wanted == visit, last, first)
     # The only queries before the block's end are its own, at most BLOCK; a list in ascending order has them first.
     masked = tl.maximum(tl.minimum(list_first + BLOCK, last) - first, 0)
@@ -390,8 +390,8 @@ def selected_attention_backward_dkv(
             q, do, k, v, shift.contiguous(), delta.contiguous(), dk, dv, dk_parts, dv_parts,
             visitors.queries, visitors.offsets, visitors.item_offsets, visitors.slot_offsets, visitors.item_lists,
             block_start, position, key_start, *q.stride()[:2], *do.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-            num_keys, visitors.num_blocks, first, last, scale, scale * LOG2_E.value,
-            BLOCK=block_size, KEYS=keys, PARTS=parts, CHUNK=visitors.chunk, TOKENS=config.tokens(heads), ROWS=config.rows,
+            num_keys, visitors.num_blocks, visitors.chunk, first, last, scale, scale * LOG2_E.value,
+            BLOCK=block_size, KEYS=keys, PARTS=parts, TOKENS=config.tokens(heads), ROWS=config.rows,
             **widths(groups, heads, dk_width, dv_width), num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         selected_attention_backward_add_kernel[((last - first) * visitors.num_blocks * (keys * parts // 16),)](

@@ -12,7 +12,6 @@ from nsa_cp.bench.context_parallel import Settings
 from nsa_cp.bench.inputs import AttentionInputs, make_inputs
 from nsa_cp.context_parallel import SequenceLayout
 from nsa_cp.ops import native_sparse_attention
-from nsa_cp.testing import relative_error
 
 
 class Check(NamedTuple):
@@ -42,12 +41,18 @@ def check_against_one_gpu(seq_len: int, settings: Settings) -> Check | None:
     del alone
     own_blocks, *own = _solve(_shard(_whole(seq_len, settings), layout), seq_len, settings, layout)
     differing = (own_blocks != blocks).any(-1)
-    errors = [relative_error(x, y) for x, y in zip(own, expected, strict=True)]
+    errors = [_relative_error(x, y) for x, y in zip(own, expected, strict=True)]
     counts = torch.tensor([int(differing.sum()), differing.numel()], device=settings.device)
     worst = torch.tensor([errors[0], max(errors[1:])], dtype=torch.float64, device=settings.device)
     dist.all_reduce(counts, group=group)
     dist.all_reduce(worst, dist.ReduceOp.MAX, group=group)
     return Check(*counts.tolist(), *worst.tolist())
+
+
+def _relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """‖actual - expected‖ / ‖expected‖, summed in float64 where the tensors lie."""
+    difference = torch.linalg.vector_norm(actual.float() - expected.float(), dtype=torch.float64)
+    return float(difference / torch.linalg.vector_norm(expected, dtype=torch.float64))
 
 
 def _whole(seq_len: int, settings: Settings) -> AttentionInputs:

@@ -29,6 +29,7 @@ _COLOURS = {
     "window + compressed": "#2a78d6", "selected": "#eb6834", "selection": "#1baf7a", "compression": "#eda100",
     "query gradients": "#008300", "gating": "#e87ba4", OTHER: "#9b9a93", TRANSFERS: "#0b0b0b",
 }  # fmt: skip
+_STEP = "nsa_cp step"
 _KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
@@ -52,18 +53,33 @@ class Overlap(NamedTuple):
     span_ms: float
 
 
-def trace_kernels(step: Callable[[], object]) -> list[Kernel]:
-    """Run ``step`` once under torch's profiler, warmed up before, and return what ran on this process's GPU."""
+def trace_kernels(step: Callable[[], object], start_together: Callable[[], object]) -> list[Kernel]:
+    """Run ``step`` once under torch's profiler, warmed up before, and return what ran on this process's GPU.
+
+    Profilers start at different times on different ranks: ``start_together``, a collective, is run and waited for before, under
+    the profiler too, and its kernels are left out.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        step()
+        start_together()
         torch.cuda.synchronize()
+        with torch.profiler.record_function(_STEP):
+            step()
+            torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        return parse_trace(json.loads(path.read_text(encoding="utf-8")))
+        trace = json.loads(path.read_text(encoding="utf-8"))
+    begin = _step_start(trace)
+    return [kernel for kernel in parse_trace(trace) if kernel.start >= begin]
+
+
+def _step_start(trace: dict[str, Any]) -> float:
+    """When the host began the step, in microseconds of the trace's clock."""
+    base = float(trace.get("baseTimeNanoseconds", 0)) / 1e3
+    return base + min(float(e["ts"]) for e in trace["traceEvents"] if e.get("name") == _STEP and e.get("ph") == "X")
 
 
 def parse_trace(trace: Any) -> list[Kernel]:

@@ -196,9 +196,8 @@ def _timeline(arguments: argparse.Namespace) -> int:
         step = make_step(arguments.seq_len, replace(settings, config=config))
         for _ in range(3):
             step()
-        dist.barrier()
         ranks = [None] * settings.group.size()
-        dist.all_gather_object(ranks, trace_kernels(step))
+        dist.all_gather_object(ranks, trace_kernels(step, dist.barrier))
         if settings.group.rank() == 0:
             for rank, kernels in enumerate(ranks):
                 overlap = overlap_of(kernels)

@@ -79,6 +79,8 @@ def _chosen(arguments: argparse.Namespace) -> Study:
         value, least = getattr(arguments, name), 0 if name == "workers" else 1e-9
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} = {value} is too small; use a positive number")
+    if arguments.text is not None and not arguments.text.is_dir():
+        raise UserError(f"--text {arguments.text} is not a folder; give one that holds Python packages, or leave it out")
     study = build_study(arguments.name, arguments.scale, arguments.text)
     if arguments.steps_scale != 1.0:
         study = scale_steps(study, arguments.steps_scale)

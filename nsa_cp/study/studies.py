@@ -82,8 +82,8 @@ def _recall_model(scale: str, task: MqarTask | PasskeyTask, num_values: int) -> 
 
 def _recall_train(scale: str) -> TrainSettings:
     if scale == "full":
-        return TrainSettings(warmup_steps=40, eval_every=25, advance_at=0.98, stop_at=0.999)
-    return TrainSettings(warmup_steps=10, eval_every=25, advance_at=0.98, stop_at=0.999, precision="float32")
+        return TrainSettings(warmup_steps=40, eval_every=25, advance_at=0.9, stop_at=0.999)
+    return TrainSettings(warmup_steps=10, eval_every=25, advance_at=0.9, stop_at=0.999, precision="float32")
 
 
 def _mqar(scale: str) -> Study:
@@ -91,7 +91,10 @@ def _mqar(scale: str) -> Study:
     # from a question to a pair, not over all layers.
     if scale == "full":
         kinds = (64, 512, 64)
-        schedule = _schedule(32768, kinds, (256, 16, 96, 64, 4, 300), (1024, 64, 256, 288, 4, 200), (4096, 256, 1024, 512, 4, 400))
+        schedule = _schedule(
+            32768, kinds, (64, 4, 32, 12, 4, 150), (256, 16, 96, 64, 4, 150), (1024, 64, 256, 288, 4, 150),
+            (4096, 256, 1024, 512, 4, 400),
+        )  # fmt: skip
     elif scale == "mini":
         kinds = (32, 128, 32)
         schedule = _schedule(8192, kinds, (64, 4, 32, 12, 4, 150), (512, 32, 128, 80, 4, 150))
@@ -110,7 +113,7 @@ def _passkey(scale: str) -> Study:
     if scale == "full":
         kinds, tested = (64, 512, 64), (8192, 32768, 65536)
         schedule = _schedule(
-            65536, kinds, (512, 16, 96, 64, 2, 150), (2048, 16, 256, 300, 2, 150), (8192, 16, 512, 512, 2, 250),
+            65536, kinds, (64, 4, 32, 12, 2, 150), (512, 16, 192, 64, 2, 150), (2048, 16, 512, 300, 2, 100), (8192, 16, 512, 512, 2, 250),
             (32768, 16, 512, 512, 2, 40), (65536, 16, 512, 512, 2, 40),
         )  # fmt: skip
         depths, count, tokens, gap = tuple(x / 8 for x in range(9)), 16, 65536, 512

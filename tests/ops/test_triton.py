@@ -11,7 +11,7 @@ import torch
 from nsa_cp.config import NSAConfig, RotaryConfig
 from nsa_cp.context_parallel import SequenceLayout
 from nsa_cp.ops import compress_kv, native_sparse_attention, select_blocks
-from nsa_cp.ops.branches import Branch, branches_backward
+from nsa_cp.ops.branches import Branch, BranchesBackward
 from nsa_cp.ops.gating import branch_statistics
 from nsa_cp.ops.interval_attention import interval_attention_forward
 from nsa_cp.ops.plan import NSAPlan, get_plan
@@ -179,13 +179,16 @@ def _branches(problem: AttentionProblem, plan: NSAPlan) -> dict[str, torch.Tenso
     blocks = select_blocks_forward(q, k[:count], results["compressed"][1], plan, "triton")
     results["selected"] = selected_attention_forward(q, k, v, blocks, plan, "triton")
     outs, lses = ([results[name][i] for name in held] for i in range(2))
-    statistics = branch_statistics(grad, outs, lses, gates, "triton")
-    branches = [Branch(*held[name], each) for name, each in zip(held, statistics, strict=True)]
-    gradients = branches_backward(q, grad, *branches, blocks, plan, "triton")
-    answers = {"blocks": blocks, "dq": gradients.dq}
+    statistics = dict(zip(held, branch_statistics(grad, outs, lses, gates, "triton"), strict=True))
+    backward, dq = BranchesBackward(q, grad, blocks, plan, "triton"), torch.empty_like(q)
+    gradients = {
+        name: getattr(backward, name)(Branch(*held[name], statistics[name])) for name in ("window", "compressed", "selected")
+    }
+    backward.query_gradients(out=dq)
+    answers = {"blocks": blocks, "dq": dq}
     for name, out, lse in zip(held, outs, lses, strict=True):
         answers |= {f"out {name}": out, f"lse {name}": lse}
-        for which, whole, part in zip(("dk", "dv"), (k, v), getattr(gradients, name), strict=True):
+        for which, whole, part in zip(("dk", "dv"), (k, v), gradients[name], strict=True):
             if name == "window":
                 part = torch.zeros(whole.shape, dtype=part.dtype, device=part.device).index_add_(0, window, part)
             answers[f"sum {which} {name}"] = part

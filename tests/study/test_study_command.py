@@ -1,0 +1,105 @@
+"""``nsa-cp study`` end to end on a CPU, tiny, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from nsa_cp.cli.main import main
+
+MAIN_ARMS = ("full", "full_params", "nsa", "window", "compressed_window", "random_blocks")
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def packages(folder: Path, count: int = 14) -> Path:
+    """A folder of packages with sources; a copy of another package inside one must not be read."""
+    for index in range(count):
+        package = folder / f"package{index}"
+        (package / "_vendor").mkdir(parents=True)
+        lines = [f"def function_{index}_{i}(argument_{i}: int) -> int:\n    return argument_{i} * {i}\n" for i in range(1200)]
+        (package / "module.py").write_text("".join(lines))
+        (package / "_vendor" / "copied.py").write_text("COPIED = 1\n" * 50)
+    return folder
+
+
+def study(name: str, *options: str) -> int:
+    return main(["study", name, "--scale", "tiny", "--device", "cpu", "--workers", "0", *options])
+
+
+def records(name: str) -> list[dict]:
+    return [json.loads(line) for line in Path(f"runs/study/{name}.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ["mqar", "passkey", "language"])
+def test_a_study_from_the_first_run_to_the_page(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = ["--text", str(packages(tmp_path / "site"))] if name == "language" else []
+    options = ["--lrs", "0.004", "--seeds", "2", *text, "--only", f"arm={','.join(MAIN_ARMS)},gate_branch"]
+    assert study(name, *options) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("complete: ")
+    made = records(name)
+    assert len(made) == 14 and {record["status"] for record in made} == {"done"}
+    assert study(name, *options) == 0 and len(records(name)) == 14
+    nsa = next(record for record in made if record["arm"] == "nsa")
+    assert len(nsa["attention"]["gates"]) == 2 and nsa["curve"][-1]["step"] == nsa["steps"]
+    saved = torch.load(f"runs/study/{name}_selections.pt", weights_only=True)
+    assert saved["origin"]["run"] == nsa["run"]
+
+    assert study(name, "--report", "--docs", "pages") == 0
+    page = Path(f"pages/{name}.md").read_text()
+    assert all(f"| {arm} |" in page for arm in (*MAIN_ARMS, "gate_branch")) and "set down before the runs" in page
+    assert page.count("against `full`: difference") == (2 if name == "passkey" else 1)
+    rows = list(csv.DictReader(Path(f"pages/{name}.csv").open()))
+    assert len(rows) == 14 and {row["arm"] for row in rows} == {*MAIN_ARMS, "gate_branch"} and rows[0]["test.loss"]
+    plots = {path.name for path in Path("pages").glob("*.png")}
+    extra = {"mqar": set(), "passkey": {"passkey_depth_length.png"}, "language": {"language_positions.png"}}[name]
+    assert plots == {f"{name}_arms.png", f"{name}_curves.png"} | extra
+    assert all(plot in page for plot in plots)
+
+
+def test_every_arm_trains(capsys: pytest.CaptureFixture[str]) -> None:
+    assert study("mqar", "--lrs", "0.004", "--seeds", "1") == 0
+    made = records("mqar")
+    assert len(made) == 11 and {record["status"] for record in made} == {"done"}
+    losses = {record["arm"]: record["test"]["loss"] for record in made}
+    assert len(set(losses.values())) == 11, "two arms that should differ gave the same"
+
+
+def test_a_part_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert study("mqar", "--list", "--only", "arm=full,nsa", "lr=0.004") == 0
+    printed = capsys.readouterr().out
+    assert printed.count(" lr 0.004 seed 0") == 2 and "2 runs can be made now" in printed and "window" not in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["study", "mqra"], "study 'mqra' is unknown; use one of mqar, passkey, language"),
+        (["study", "mqar", "--scale", "huge"], "scale 'huge' is unknown; use one of full, mini, tiny"),
+        (["study", "mqar", "--only", "arm=fulll"], "--only arm=fulll is not in the table; it has full, full_params"),
+        (["study", "mqar", "--only", "lr=x"], "--only lr=x is not in the table; it has 0.002, 0.004, 0.008"),
+        (["study", "mqar", "--only", "speed=1"], "--only 'speed=1' is not understood; write arm=VALUE, lr=VALUE, seed=VALUE"),
+        (["study", "mqar", "--workers", "-1"], "--workers = -1 is too small"),
+        (["study", "mqar", "--seeds", "0"], "--seeds = 0 is too small"),
+        (["study", "mqar", "--report"], "runs/study/mqar.jsonl does not exist; make the runs first: nsa-cp study mqar"),
+        (["study", "mqar", "--device", "tpu"], "--device 'tpu' is unknown; use cuda or cpu"),
+        (["study", "language", "--scale", "tiny", "--text", "nowhere"], "--text nowhere is not a folder"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.err.count("\n") == 1 and printed.out == ""
+    assert list(Path().iterdir()) == []
+
+
+def test_too_little_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert study("language", "--text", str(packages(tmp_path / "site", 2))) == 2
+    assert "packages with Python sources; at least" in capsys.readouterr().err
