@@ -58,9 +58,13 @@ def accumulator(dq: torch.Tensor | None, shape: tuple[int, ...], device: torch.d
 
 
 def copies_in_bulk(*tensors: torch.Tensor) -> bool:
-    """Whether Hopper's copy engine can fetch tiles of all of these: bases and rows start at multiples of 16 bytes."""
+    """Whether Hopper's copy engine can fetch tiles of all of these: bases and rows start at multiples of 16 bytes.
+
+    Where there is nothing to fetch it cannot: an empty tensor has no tiles to describe.
+    """
     return all(
         x.is_cuda
+        and x.numel() > 0
         and torch.cuda.get_device_capability(x.device)[0] >= 9
         and x.data_ptr() % 16 == 0
         and all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:2])

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 
-from nsa_cp.bench.inputs import AttentionInputs, HeadLayout, make_inputs, neighbour_agreement, trained_config
+from nsa_cp.bench.inputs import AttentionInputs, HeadLayout, make_inputs, trained_config
 from nsa_cp.bench.machine import machine_facts
 from nsa_cp.bench.peers import PEERS, Forward, Leaves, make_peer, reason
 from nsa_cp.bench.stages import stage_passes
 from nsa_cp.bench.timing import Timing, measure, peak_memory
 from nsa_cp.config import NSAConfig
 from nsa_cp.ops import compress_kv, native_sparse_attention, select_blocks
+from nsa_cp.study.agreement import neighbour_agreement
 
 IMPLEMENTATIONS = ("nsa", *PEERS)
 

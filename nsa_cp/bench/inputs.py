@@ -13,6 +13,7 @@ import torch
 from nsa_cp.config import NSAConfig, RotaryConfig
 from nsa_cp.ops import compress_kv, initial_compressor_weights, select_blocks
 from nsa_cp.ops.rope import apply_rope, rotary_tables
+from nsa_cp.study.agreement import neighbour_agreement
 
 KINDS = ("random", "drifting", "trained")
 # Agreement of neighbours that drifting inputs are made for.
@@ -195,24 +196,6 @@ def _read_trained(path: Path) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{path} is no file of trained inputs: it lacks {', '.join(sorted(missing))}")
     return saved
-
-
-def neighbour_agreement(blocks: torch.Tensor, config: NSAConfig) -> float:
-    """Fraction of freely chosen blocks that the token before chose freely too, over tokens that had a choice.
-
-    Args:
-        blocks: int32 [T, G, n] of one document.
-    """
-    own = torch.arange(blocks.shape[0], device=blocks.device)[:, None, None] // config.select_block_size
-    free = (blocks >= config.num_init_blocks) & (blocks <= own - config.num_local_blocks)
-    # A young document leaves no choice: there every visible block is taken.
-    free &= own >= 2 * config.num_selected_blocks
-    kept = total = 0
-    for rows in torch.arange(1, blocks.shape[0], device=blocks.device).split(4096):
-        same = (blocks[rows][..., :, None] == blocks[rows - 1][..., None, :]) & free[rows - 1][..., None, :]
-        kept += int((same.any(-1) & free[rows]).sum())
-        total += int(free[rows].sum())
-    return kept / max(1, total)
 
 
 def smooth(q: torch.Tensor, memory: float) -> torch.Tensor:

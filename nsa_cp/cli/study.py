@@ -27,13 +27,19 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     study.add_argument("--scale", default="full", help="full (one GPU), mini (a CPU, patience) or tiny (seconds, proves nothing)")
     study.add_argument("--out", type=Path, default=Path("runs/study"), metavar="FOLDER", help="finished runs; default runs/study")
     study.add_argument("--workers", type=int, default=1, metavar="N", help="runs at a time; 0: in this process")
-    study.add_argument("--time-limit", type=float, metavar="SECONDS", help="when no run starts any more and those at work give up")
-    study.add_argument("--only", nargs="+", default=[], metavar="KEY=A,B", help="a part of the table: arm=nsa,full lr=0.004 seed=0")
+    study.add_argument(
+        "--time-limit", type=float, metavar="SECONDS", help="when no run starts any more and those at work give up"
+    )
+    study.add_argument(
+        "--only", nargs="+", default=[], metavar="KEY=A,B", help="a part of the table: arm=nsa,full lr=0.004 seed=0"
+    )
     study.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1 in place of the study's")
     study.add_argument("--lrs", type=float, nargs="+", metavar="LR", help="learning rates in place of the study's")
     study.add_argument("--steps-scale", type=float, default=1.0, metavar="X", help="X times the steps of every stage")
     study.add_argument("--device", default="", help="cuda or cpu; default: cuda where it is there")
-    study.add_argument("--text", type=Path, metavar="FOLDER", help="of language: packages of Python sources; default: the installed")
+    study.add_argument(
+        "--text", type=Path, metavar="FOLDER", help="of language: packages of Python sources; default: the installed"
+    )
     study.add_argument("--no-graph", action="store_true", help="launch every kernel of a step instead of replaying CUDA graphs")
     study.add_argument("--list", action="store_true", help="print the arms with their parameters and the runs still to make")
     study.add_argument("--report", action="store_true", help="write CSV, plots and page of the finished runs, and make none")
@@ -61,9 +67,15 @@ def _study(arguments: argparse.Namespace) -> int:
 
     with StopRequest() as stop:
         table = Table(
-            study, store, _device(arguments.device), num_workers=arguments.workers, deadline=deadline,
-            use_graph=not arguments.no_graph, report=lambda line: print(line, flush=True), should_stop=lambda: stop.name is not None,
-        )  # fmt: skip
+            study,
+            store,
+            _device(arguments.device),
+            num_workers=arguments.workers,
+            deadline=deadline,
+            use_graph=not arguments.no_graph,
+            report=lambda line: print(line, flush=True),
+            should_stop=lambda: stop.name is not None,
+        )
         complete = table.run()
     print(f"{'complete' if complete else 'not complete; the same command goes on'}: {store.path}")
     return 0

@@ -101,18 +101,20 @@ def interval_attention_backward(
     return AttentionGradients(dq, dk, dv)
 
 
-def merge_attention(
-    out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over two disjoint sets of keys from the attention over each; outputs in the accumulator's dtype.
+def merge_attention(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
+    """Make ``out`` and ``lse`` attention over their keys and the disjoint ones of ``part``; a few rows at a time.
 
     Args:
-        out, part: [T, N, Dv]. lse, part_lse: [T, N]; -inf where nothing was seen.
+        out: [T, N, Dv] and lse: [T, N] in the accumulator's dtype, written over.
+        part: [T, N, Dv]. part_lse: [T, N]. lse is -inf where nothing was seen.
     """
-    total = torch.logaddexp(lse, part_lse)
-    reference = finite(total)
-    merged = out * (lse - reference).exp()[..., None] + part * (part_lse - reference).exp()[..., None]
-    return merged, total
+    for first in range(0, out.shape[0], 4096):
+        rows = slice(first, first + 4096)
+        total = torch.logaddexp(lse[rows], part_lse[rows])
+        reference = finite(total)
+        out[rows] *= (lse[rows] - reference).exp()[..., None]
+        out[rows] += part[rows] * (part_lse[rows] - reference).exp()[..., None]
+        lse[rows] = total
 
 
 def finite(lse: torch.Tensor) -> torch.Tensor:

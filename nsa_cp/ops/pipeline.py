@@ -288,7 +288,7 @@ class _CompressedTokens:
         for source, (keys, values) in self.transport:
             self.keys.index_copy_(0, plan.shard_rows[source], keys)
             part = interval_attention_forward(q, keys, values, plan.shard_intervals[source], backend)
-            out, lse = merge_attention(out, lse, *part)
+            merge_attention(out, lse, *part)
         return out.to(q.dtype), lse
 
 

@@ -80,7 +80,9 @@ def read_part(digest: str, part: str) -> np.ndarray:
     """
     path = _part_file(digest, part)
     if not path.is_file():
-        raise UserError(f"{path} does not exist; the text {digest} has to be built on this machine first: run nsa-cp study language")
+        raise UserError(
+            f"{path} does not exist; the text {digest} has to be built on this machine first: run nsa-cp study language"
+        )
     return np.memmap(path, dtype=np.uint8, mode="r")
 
 

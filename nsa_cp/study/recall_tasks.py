@@ -118,7 +118,7 @@ class PasskeyTask:
                 yield Group(f"{shape.length}@{depth:g}", pack_layout(count, shape.length), batches)
 
     def figures(self, scores: Mapping[str, Sequence[Scores]]) -> dict[str, Any]:
-        """``accuracy`` and ``loss`` over everything; in the test also ``accuracy_LENGTH`` and ``grid``: length, depth, accuracy."""
+        """``accuracy`` and ``loss`` over everything; and in the test ``accuracy_LENGTH`` and ``grid`` by length and depth."""
         figures = _accuracy_and_loss([each for group in scores.values() for each in group])
         grid: dict[str, dict[str, float]] = {}
         for name, group in scores.items():

@@ -52,7 +52,7 @@ def _page(
     minutes = sum(record["seconds"] for record in records) / 60
     yield (
         f"Written by `nsa-cp study {study.name} --scale {study.scale} --report` from {len(records)} runs, table "
-        f"`{records[0]['table']}`, made on {'; '.join(machines)}. The runs' times add up to {minutes:.1f} minutes; several ran at "
+        f"`{records[0]['table']}`, made on {'; '.join(machines)}. The runs' times add up to {minutes:.1f} minutes, several at "
         f"a time. Every run: [{study.name}.csv]({study.name}.csv); what the tasks and arms are: [README](README.md)."
     )
     yield ""

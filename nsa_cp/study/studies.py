@@ -90,14 +90,14 @@ def _mqar(scale: str) -> Study:
     # Rows: length, pairs, questions, gap, stride, steps. Pairs take a quarter of a sequence; at full length no window reaches
     # from a question to a pair, not over all layers.
     if scale == "full":
-        kinds = (64, 512, 64)
+        kinds = (64, 256, 64)
         schedule = _schedule(
             32768, kinds, (64, 4, 32, 12, 4, 150), (256, 16, 96, 64, 4, 150), (1024, 64, 256, 288, 4, 150),
             (4096, 256, 1024, 512, 4, 400),
         )  # fmt: skip
     elif scale == "mini":
-        kinds = (32, 128, 32)
-        schedule = _schedule(8192, kinds, (64, 4, 32, 12, 4, 150), (512, 32, 128, 80, 4, 150))
+        kinds = (32, 64, 32)
+        schedule = _schedule(8192, kinds, (64, 4, 32, 12, 4, 150), (256, 16, 96, 80, 4, 150), (512, 32, 256, 80, 4, 200))
     else:
         kinds = (8, 16, 8)
         schedule = _schedule(512, kinds, (64, 4, 16, 8, 4, 4), (256, 8, 32, 80, 4, 4))
@@ -111,16 +111,16 @@ def _mqar(scale: str) -> Study:
 
 def _passkey(scale: str) -> Study:
     if scale == "full":
-        kinds, tested = (64, 512, 64), (8192, 32768, 65536)
+        kinds, tested = (64, 256, 64), (8192, 32768, 65536)
         schedule = _schedule(
-            65536, kinds, (64, 4, 32, 12, 2, 150), (512, 16, 192, 64, 2, 150), (2048, 16, 512, 300, 2, 100), (8192, 16, 512, 512, 2, 250),
-            (32768, 16, 512, 512, 2, 40), (65536, 16, 512, 512, 2, 40),
+            65536, kinds, (64, 4, 32, 12, 2, 150), (512, 16, 192, 64, 2, 150), (2048, 16, 512, 300, 2, 100),
+            (8192, 16, 512, 512, 2, 250), (32768, 16, 512, 512, 2, 40), (65536, 16, 512, 512, 2, 40),
         )  # fmt: skip
         depths, count, tokens, gap = tuple(x / 8 for x in range(9)), 16, 65536, 512
     elif scale == "mini":
-        kinds, tested = (32, 128, 32), (512, 1024)
-        schedule = _schedule(8192, kinds, (64, 4, 32, 8, 2, 150), (512, 4, 128, 80, 2, 150), (1024, 4, 128, 80, 2, 20))
-        depths, count, tokens, gap = (0.0, 0.5, 1.0), 4, 4096, 80
+        kinds, tested = (32, 64, 32), (512, 1024)
+        schedule = _schedule(8192, kinds, (64, 4, 32, 12, 2, 150), (512, 8, 256, 80, 2, 150), (1024, 8, 256, 80, 2, 20))
+        depths, count, tokens, gap = (0.0, 0.5, 1.0), 8, 4096, 80
     else:
         kinds, tested = (8, 16, 8), (128, 256)
         schedule = _schedule(512, kinds, (128, 4, 16, 66, 2, 4), (256, 4, 16, 80, 2, 2))
@@ -136,7 +136,10 @@ def _passkey(scale: str) -> Study:
 
 def _language(scale: str, corpus: Corpus) -> Study:
     # Half of the channels turn: text asks for places as well as for likenesses.
-    rotary, claims = RotaryConfig(percent=0.5), (Claim(metric="trailing_loss", margin=0.005, relative=True, higher_is_better=False),)
+    rotary, claims = (
+        RotaryConfig(percent=0.5),
+        (Claim(metric="trailing_loss", margin=0.005, relative=True, higher_is_better=False),),
+    )
     if scale == "full":
         task = LanguageTask(corpus=corpus, stage=Stage(600, 8, 8192), valid_batches=4, test_batches=16)
         model = ModelSettings(vocab_size=256, num_layers=4, hidden_size=256, ffn_hidden_size=704, rotary=rotary, nsa=_NSA)

@@ -105,6 +105,9 @@ class Table:
     use_graph: bool = True
     report: Callable[[str], None] = print
     should_stop: Callable[[], bool] = lambda: False
+    # Runs that are done, or failed in this call; and those at work.
+    records: dict[str, Record] = field(default_factory=dict)
+    _in_work: set[str] = field(default_factory=set)
     # Kernels compiled by some run, and those that one run is compiling right now.
     _warm: set[str] = field(default_factory=lambda: {""})
     _warming: set[str] = field(default_factory=set)
@@ -116,7 +119,6 @@ class Table:
         """Make the runs; whether the table is complete."""
         # Failed runs are tried again in the next call, not in this one.
         self.records = {run: record for run, record in self.store.load().items() if record["status"] == "done"}
-        self._in_work: set[str] = set()
         if self.num_workers == 0:
             self._run_here()
         else:
@@ -147,7 +149,11 @@ class Table:
         if job.selections is None or not job.selections.is_file():
             return
         settings, study = job.settings, self.study
-        swept = [self.records[run.run_id] for run in (study.run("nsa", lr, settings.seed) for lr in study.lrs) if run.run_id in self.records]
+        swept = [
+            self.records[run.run_id]
+            for run in (study.run("nsa", lr, settings.seed) for lr in study.lrs)
+            if run.run_id in self.records
+        ]
         if pick_lr(swept, study.select_by, study.select_highest) == settings.lr:
             job.selections.replace(self.store.path.with_name(f"{self.store.path.stem}_selections.pt"))
         else:
@@ -213,6 +219,8 @@ class Table:
                     if worker.connection in ready:
                         workers[index] = self._listen(worker)
         finally:
+            for worker in workers:
+                worker.connection.close()
             for worker in workers:
                 end(worker)
 

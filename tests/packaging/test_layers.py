@@ -19,6 +19,7 @@ FLOORS = [
     {"testing"},
     {"megatron"},
     {"training"},
+    {"study"},
     {"bench"},
     {"cli"},
 ]
@@ -114,6 +115,8 @@ def test_imports_run_downward(path):
         ("nsa_cp.attention", "import megatron.core"),
         ("nsa_cp.cli.main", "from megatron.core import parallel_state"),
         ("nsa_cp.megatron.spec", "from nsa_cp.testing import assert_close"),
+        ("nsa_cp.study.model", "from nsa_cp.bench.inputs import make_inputs"),
+        ("nsa_cp.study.model", "from megatron.core import parallel_state"),
         ("nsa_cp.testing.pool", "from nsa_cp.megatron import spec"),
         ("nsa_cp.reference", "from nsa_cp.ops import compress_kv"),
         ("nsa_cp.config", "from nsa_cp.reference import reference_attention"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nsa_cp.attention import full_attention
+from nsa_cp.bench.inputs import HeadLayout, make_inputs
 from nsa_cp.config import NSAConfig, RotaryConfig
 from nsa_cp.ops import select_blocks
 from nsa_cp.study.arms import ARMS, model_of
@@ -154,3 +155,13 @@ def test_saved_selections_hold_what_the_benchmark_reads(tmp_path: Path) -> None:
     assert [x.shape for x in (*saved["k"], *saved["v"])] == [(128, 1, 16)] * 6
     assert NSAConfig(**saved["config"]) == NSA and RotaryConfig(**saved["rotary"]) == settings.rotary
     assert [w.shape[0] for w in (*saved["k_weights"], *saved["v_weights"])] == [1] * 6 and saved["origin"] == {"arm": "nsa"}
+
+
+def test_the_benchmark_takes_saved_selections(tmp_path: Path) -> None:
+    model, file = Decoder(BASE, seed=0), tmp_path / "selections.pt"
+    batch = Batch(np.arange(256) % 50, np.arange(256), np.zeros(256, np.int64))
+    save_selections(model, Group("x", pack_layout(1, 256), [batch]), torch.float32, file, {})
+    heads = HeadLayout(4, 1, 16, 16)
+    inputs = make_inputs(NSA, heads, 256, "trained", seed=0, device=CPU, dtype=torch.float32, trained_file=file)
+    saved = torch.load(file, weights_only=True)
+    assert torch.equal(inputs.v[1], saved["v"][1]) and torch.equal(inputs.gates, saved["gates"])

@@ -10,7 +10,9 @@ from nsa_cp.study.studies import build_study
 from nsa_cp.study.table import Study
 from nsa_cp.study.task import Batch, Scores
 
-SHAPE = RecallShape(length=200, num_pairs=12, num_queries=20, min_gap=70, pair_stride=3, num_fillers=8, num_keys=30, num_values=16)
+SHAPE = RecallShape(
+    length=200, num_pairs=12, num_queries=20, min_gap=70, pair_stride=3, num_fillers=8, num_keys=30, num_values=16
+)
 
 
 def read_pairs(tokens: np.ndarray, shape: RecallShape, first_question: int) -> dict[int, list[tuple[int, int]]]:

@@ -148,7 +148,6 @@ def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
 def test_runs_wait_while_another_compiles_their_kernels(tmp_path: Path) -> None:
     study = small(("full", "nsa", "compressor_mean"), lrs=(1e-3, 4e-3), seeds=(0,))
     table = Table(study, RunStore(tmp_path / "x.jsonl"), CPU)
-    table.records, table._in_work = {}, set()
     started = [table._next() for _ in range(5)]
     assert names(job.settings for job in started if job) == [
         ("full", 1e-3, 0), ("full", 4e-3, 0), ("nsa", 1e-3, 0), ("compressor_mean", 1e-3, 0),
