@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from nsa_cp.context_parallel import count_traffic
 from nsa_cp.megatron import check_apex
 from nsa_cp.training import plots
 from nsa_cp.training.checkpoint import (
@@ -252,11 +253,12 @@ def train_step(trainer: Trainer, source: SampleSource, progress: Progress, stop:
 
     count = train.global_batch_size // (train.micro_batch_size * dp_size)
     length = trainer.config.data.sequence_length
-    losses = run_schedule(trainer, batches, count, sequence_length=length, rows=train.micro_batch_size, train=True)
+    with count_traffic() as traffic:
+        losses = run_schedule(trainer, batches, count, sequence_length=length, rows=train.micro_batch_size, train=True)
     _, grad_norm, _ = trainer.optimizer.step()
     progress.step += 1
     progress.consumed_samples += train.global_batch_size
-    row = agree(trainer, losses, stop=stop.name is not None)
+    row = agree(trainer, losses, traffic, stop=stop.name is not None)
     norm = float(grad_norm)
     if not (math.isfinite(row["loss"]) and math.isfinite(norm)):
         raise UserError(

@@ -15,10 +15,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nsa_cp.attention import NativeSparseAttention
+from nsa_cp.context_parallel import Traffic
 from nsa_cp.training.run_folder import RunFolder
 from nsa_cp.training.setup import Trainer
 
-ATTENTION_METRICS = ("remote_block_fraction", "gate_compressed", "gate_selected", "gate_window")
+ATTENTION_METRICS = ("remote_block_fraction", "remote_blocks_needed", "gate_compressed", "gate_selected", "gate_window")
 _GIB = 2**30
 
 
@@ -38,16 +39,18 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def agree(trainer: Trainer, losses: Tensor, *, stop: bool) -> dict[str, float]:
+def agree(trainer: Trainer, losses: Tensor, traffic: Traffic, *, stop: bool) -> dict[str, float]:
     """Combine one step's figures over all processes in one reduction. Collective.
 
     Args:
         losses: [2] float64, this process's sum of token losses and token count (see ``run_schedule``).
+        traffic: what the attentions of this process moved in the step.
         stop: this process was asked to stop.
 
     Returns:
-        ``loss`` (nats a token), ``tokens``, ``stop`` (number of processes asked to), ``peak_memory_bytes`` (largest over
-        processes), and the mean of each attention metric over layers and processes, where there are NSA layers.
+        ``loss`` (nats a token), ``tokens``, ``stop`` (number of processes asked to), ``peak_memory_bytes`` and
+        ``attention_bytes_sent`` and ``attention_bytes_received`` (largest over processes), and the mean of each attention metric
+        over layers and processes, where there are NSA layers.
     """
     tensor_parallel = parallel_state.get_tensor_model_parallel_world_size()
     modules = [module.last_metrics for module in attention_modules(trainer) if module.last_metrics]
@@ -59,11 +62,13 @@ def agree(trainer: Trainer, losses: Tensor, *, stop: bool) -> dict[str, float]:
             torch.cat(values).sum(0, keepdim=True) if values else torch.zeros(1, dtype=torch.float64, device=trainer.device)
         )
     vector = torch.cat(parts)
-    peak = torch.tensor([float(peak_memory_bytes(trainer.device))], dtype=torch.float64, device=trainer.device)
+    largest = [float(peak_memory_bytes(trainer.device)), float(traffic.sent), float(traffic.received)]
+    most = torch.tensor(largest, dtype=torch.float64, device=trainer.device)
     dist.all_reduce(vector)
-    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
     total, tokens, stops, layers, *attention = vector.tolist()
-    row = {"loss": total / max(tokens, 1.0), "tokens": tokens, "stop": stops, "peak_memory_bytes": peak.item()}
+    row = {"loss": total / max(tokens, 1.0), "tokens": tokens, "stop": stops}
+    row.update(zip(("peak_memory_bytes", "attention_bytes_sent", "attention_bytes_received"), most.tolist(), strict=True))
     if layers:
         row.update({name: value / layers for name, value in zip(ATTENTION_METRICS, attention, strict=True)})
     return row

@@ -93,6 +93,8 @@ def test_metrics_have_one_object_a_step(run: tuple[Path, object]) -> None:
     for row in rows:
         assert row["tokens"] == 512 and row["tokens_per_second"] > 0 and row["peak_memory_bytes"] > 2**20
         assert 0.2 < row["remote_block_fraction"] < 0.8, "with two processes about half of the old blocks are the other's"
+        assert row["remote_block_fraction"] < row["remote_blocks_needed"] <= 1, "most remote blocks are somebody's choice"
+        assert row["attention_bytes_received"] == row["attention_bytes_sent"] == rows[0]["attention_bytes_sent"] > 2**16
         assert 0 < row["grad_norm"] < 100
         for gate in ("gate_compressed", "gate_selected", "gate_window"):
             assert 0 < row[gate] < 1
