@@ -212,7 +212,8 @@ def interval_attention_forward(
     lse = torch.empty(tokens, num_heads, dtype=torch.float32, device=q.device)
     if tokens == 0:
         return out, lse
-    config = config or tile_config("short_forward" if span <= SHORT_SPAN else "interval_forward", q.dtype, q.device, heads, max(dk, dv))
+    stage = "short_forward" if span <= SHORT_SPAN else "interval_forward"
+    config = config or tile_config(stage, q.dtype, q.device, heads, max(dk, dv))
     q, k, v = channels_last(q), channels_last(k), channels_last(v)
     bulk = copies_in_bulk(k, v) if bulk is None else bulk
     tile_tokens = config.tokens(heads)
