@@ -128,9 +128,7 @@ def tile_rows(tile, group, num_tokens, HEADS: tl.constexpr, TOKENS: tl.constexpr
 
 
 @triton.jit
-def load_tile(
-    base, offsets, keep, FIRST: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr
-):
+def load_tile(base, offsets, keep, FIRST: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
     """Columns FIRST .. FIRST + COLUMNS of the rows at ``base + offsets``; 0 past WIDTH and, if MASKED, in rows not kept."""
     column = FIRST + tl.arange(0, COLUMNS)
     pointers = base + offsets[:, None] + column[None, :]
@@ -148,9 +146,7 @@ def load_tile(
 
 
 @triton.jit
-def load_wide(
-    base, offsets, keep, HEAD: tl.constexpr, TAIL: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr
-):
+def load_wide(base, offsets, keep, HEAD: tl.constexpr, TAIL: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
     """Both column parts of rows; without a tail the second value is a stand-in that nothing reads."""
     head = load_tile(base, offsets, keep, 0, HEAD, WIDTH, MASKED)
     if TAIL > 0:

@@ -178,7 +178,7 @@ def full_attention(
     Raises:
         ValueError: inputs that do not fit together or to the layout.
     """
-    agreement = _check(q, k, v, layout, cp_group)
+    agreement = _check(("full", rotary), q, k, v, layout, cp_group)
     plan = get_layout_plan(layout, q.device)
     q, k = _rotate(q, k, layout, rotary)
     k, v = gather_rows([k, v], plan.row_partition, cp_group)
@@ -219,7 +219,7 @@ def sliding_window_attention(
     """
     if window_size < 1:
         raise ValueError(f"window_size = {window_size} leaves nothing to attend to; use at least 1")
-    agreement = _check(q, k, v, layout, cp_group)
+    agreement = _check(("window", window_size, rotary), q, k, v, layout, cp_group)
     q, k = _rotate(q, k, layout, rotary)
     halo, intervals = get_window_plan(layout, window_size, q.device)
     k, v = exchange_halo([k, v], halo, cp_group)
@@ -229,12 +229,12 @@ def sliding_window_attention(
 
 
 def _check(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout, group: dist.ProcessGroup | None
+    kind: tuple, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout, group: dist.ProcessGroup | None
 ) -> Agreement | NoAgreement:
     check_heads(q, k, v)
     check_rows(q=q, k=k, v=v, expected=layout.num_local_tokens)
     check_group(layout, group)
-    facts = (*q.shape[1:], *v.shape[1:], q.dtype)
+    facts = (kind, *q.shape[1:], *v.shape[1:], q.dtype)
     return start_agreement(get_layout_plan(layout, q.device).agreed, layout, facts, group, q.device)
 
 

@@ -248,7 +248,7 @@ def select_blocks_forward(
     q, k_cmp, lse = channels_last(q), channels_last(k_cmp), lse.contiguous()
     blocks_at_once = max(1, config.keys // padded)
     # Blocks whose compressed tokens are a power of two stand in a tile as they stand in memory.
-    bulk = padded == per_block and (copies_in_bulk(k_cmp) and k_cmp.shape[0] > 0 if bulk is None else bulk)
+    bulk = padded == per_block and (copies_in_bulk(k_cmp) if bulk is None else bulk)
     k_tiles = bulk_tiles(k_cmp, blocks_at_once * padded, 1, (head, tail), bulk)
     tile_tokens = config.tokens(padded_heads)
     chunk = max(tile_tokens, score_bytes // (4 * groups * max_blocks) // tile_tokens * tile_tokens)

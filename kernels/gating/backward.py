@@ -44,9 +44,7 @@ def combine_backward_kernel(
     gate_ptr = gates_ptr + token * gates_stride_t + head * gates_stride_h
     shift_ptr += row
     delta_ptr += row
-    _branch(
-        do, a_ptr, a_stride_t, a_stride_h, gate_ptr, a_lse_ptr + row, shift_ptr, delta_ptr, token, head, mask, WIDTH, PADDED
-    )
+    _branch(do, a_ptr, a_stride_t, a_stride_h, gate_ptr, a_lse_ptr + row, shift_ptr, delta_ptr, token, head, mask, WIDTH, PADDED)
     if BRANCHES > 1:
         gate_ptr += gates_stride_b
         shift_ptr += num_rows
@@ -65,7 +63,7 @@ def combine_backward_kernel(
 
 def combine_backward(
     do: torch.Tensor, outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor], gates: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """What the branches' backward passes start from.
 
     Args:
@@ -74,7 +72,7 @@ def combine_backward(
         lses: float32 [T, N] for each branch, the log-sum-exp that belongs to its output.
 
     Returns:
-        float32 [branches, T, N] each: ``shift = lse - log(gate)``, +inf where a row saw nothing or its gate is 0, and
+        float32 [2, branches, T, N]: ``shift = lse - log(gate)``, +inf where a row saw nothing or its gate is 0, then
         ``delta = sum(do * out)``, which is the gradient of the row's gate as well.
 
     Raises:
@@ -82,9 +80,8 @@ def combine_backward(
     """
     check_branches(outs, gates)
     tokens, heads, width = outs[0].shape
-    shift = torch.empty(len(outs), tokens, heads, dtype=torch.float32, device=do.device)
-    delta = torch.empty_like(shift)
-    if shift.numel():
+    statistics = torch.empty(2, len(outs), tokens, heads, dtype=torch.float32, device=do.device)
+    if statistics.numel():
         branches = [channels_last(x) for x in outs]
         filled = [channels_last(do), *branches, *[branches[0]] * (3 - len(branches))]
         logs = [x.contiguous() for x in lses]
@@ -92,7 +89,7 @@ def combine_backward(
         wide = gates.expand(-1, heads, -1)
         rows, padded = rows_at_once(width)
         combine_backward_kernel[(triton.cdiv(tokens * heads, rows),)](
-            *filled, *logs, wide, shift, delta, *(s for x in filled for s in x.stride()[:2]), *wide.stride(),
+            *filled, *logs, wide, statistics[0], statistics[1], *(s for x in filled for s in x.stride()[:2]), *wide.stride(),
             tokens * heads, heads, BRANCHES=len(outs), WIDTH=width, PADDED=padded, ROWS=rows, num_warps=4,
         )  # fmt: skip
-    return shift, delta
+    return statistics

@@ -75,9 +75,7 @@ def _dq_masked(
         keep = (key >= start) & (key < stop)
         k, k_tail = load_wide(k_ptr, offset * k_stride_m, keep, DK_HEAD, DK_TAIL, DK, True)
         v, v_tail = load_wide(v_ptr, offset * v_stride_m, keep, DV_HEAD, DV_TAIL, DV, True)
-        ds = score_gradients(
-            q, q_tail, do, do_tail, k, k_tail, v, v_tail, shift, delta, scale_log2, DK_TAIL, DV_TAIL, PRECISION
-        )
+        ds = score_gradients(q, q_tail, do, do_tail, k, k_tail, v, v_tail, shift, delta, scale_log2, DK_TAIL, DV_TAIL, PRECISION)
         visible = (key[None, :] >= begin[:, None]) & (key[None, :] < end[:, None])
         ds = tl.where(visible, ds, 0.0)
         dq, dq_tail = add_score_gradients(dq, dq_tail, ds, k, k_tail, DK_TAIL, PRECISION)
@@ -102,9 +100,7 @@ def _dq_full(
             offset = (tile + place).to(tl.int64)
             k, k_tail = load_wide(k_ptr, offset * k_stride_m, place, DK_HEAD, DK_TAIL, DK, False)
             v, v_tail = load_wide(v_ptr, offset * v_stride_m, place, DV_HEAD, DV_TAIL, DV, False)
-        ds = score_gradients(
-            q, q_tail, do, do_tail, k, k_tail, v, v_tail, shift, delta, scale_log2, DK_TAIL, DV_TAIL, PRECISION
-        )
+        ds = score_gradients(q, q_tail, do, do_tail, k, k_tail, v, v_tail, shift, delta, scale_log2, DK_TAIL, DV_TAIL, PRECISION)
         dq, dq_tail = add_score_gradients(dq, dq_tail, ds, k, k_tail, DK_TAIL, PRECISION)
     return dq, dq_tail
 
@@ -217,6 +213,7 @@ def add_queries(
         dv_tail = tl.dot(narrow, do_tail, dv_tail, input_precision=PRECISION)
     ds = p * (dp - delta[None, :])
     if MASKED:
+        # p is 0 there already; what hidden keys hold may not be finite.
         ds = tl.where(visible, ds, 0.0)
     ds = ds.to(q.dtype)
     dk = tl.dot(ds, q, dk, input_precision=PRECISION)

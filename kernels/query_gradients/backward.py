@@ -129,9 +129,7 @@ def query_gradients(
     unions = build_unions(blocks, position, key_start, block_size, config.tokens(heads))
     keys, parts = block_steps(block_size, config.keys)
     pairs = [(channels_last(branch.k), channels_last(branch.v)) for branch in (window, compressed, selected)]
-    if bulk is None:
-        # An empty buffer has no tiles to describe.
-        bulk = copies_in_bulk(*(x for pair in pairs for x in pair)) and all(k.shape[0] for k, _ in pairs)
+    bulk = copies_in_bulk(*(x for pair in pairs for x in pair)) if bulk is None else bulk
     steps = (config.keys, config.keys, keys)
     arguments = [
         argument

@@ -240,9 +240,7 @@ def selected_attention_backward_dkv_kernel(
 
     if tl.load(item_offsets_ptr + visit + 1) - tl.load(item_offsets_ptr + visit) == 1:
         row = offset * GROUPS + group
-        store_dkv(
-            dk_ptr, dv_ptr, row, own, dk, dk_tail, dv, dv_tail, scale, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL
-        )
+        store_dkv(dk_ptr, dv_ptr, row, own, dk, dk_tail, dv, dv_tail, scale, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL)
     else:
         slot = tl.load(slot_offsets_ptr + visit) - tl.load(slot_offsets_ptr + first_group * num_blocks) + number
         row = slot.to(tl.int64) * (PARTS * KEYS) + part * KEYS + tl.arange(0, KEYS)
@@ -381,13 +379,14 @@ def selected_attention_backward_dkv(
     if tokens == 0:
         return dk, dv
     q, k, v, do = channels_last(q), channels_last(k), channels_last(v), channels_last(do)
+    shift, delta = shift.contiguous(), delta.contiguous()
     config = config or tile_config("selected_dkv", q.dtype, q.device, heads, max(dk_width, dv_width))
     visitors = find_visitors(blocks, block_base, block_start.shape[0], chunk or visitor_chunk(tokens, blocks.shape[-1]))
     keys, parts = block_steps(block_size, config.keys)
     passes, dk_parts, dv_parts = _plan_passes(visitors, groups, keys * parts, dk_width, dv_width, workspace_bytes)
     for first, last in passes:
         selected_attention_backward_dkv_kernel[((last - first) * visitors.items_per_group * parts,)](
-            q, do, k, v, shift.contiguous(), delta.contiguous(), dk, dv, dk_parts, dv_parts,
+            q, do, k, v, shift, delta, dk, dv, dk_parts, dv_parts,
             visitors.queries, visitors.offsets, visitors.item_offsets, visitors.slot_offsets, visitors.item_lists,
             block_start, position, key_start, *q.stride()[:2], *do.stride()[:2], *k.stride()[:2], *v.stride()[:2],
             num_keys, visitors.num_blocks, visitors.chunk, first, last, scale, scale * LOG2_E.value,

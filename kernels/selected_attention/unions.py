@@ -175,6 +175,4 @@ def find_visitors(blocks: torch.Tensor, block_base: torch.Tensor, num_blocks: in
     item_lists = torch.searchsorted(item_offsets, item, right=True, out_int32=True) - 1
     queries = order.div_(groups * picks, rounding_mode="floor").to(torch.int32)
     slots_per_group = most_split + min(num_blocks, most_split)
-    return Visitors(
-        queries, offsets, item_offsets, slot_offsets, item_lists, chunk, num_blocks, items_per_group, slots_per_group
-    )
+    return Visitors(queries, offsets, item_offsets, slot_offsets, item_lists, chunk, num_blocks, items_per_group, slots_per_group)

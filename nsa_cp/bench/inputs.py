@@ -53,6 +53,10 @@ class HeadLayout:
             raise ValueError(
                 f"head layout {text!r} has the form HEADS/GROUPSxDIM or HEADS/GROUPSxDK/DV, as in 64/4x128"
             ) from None
+        if min(num_heads, num_groups, qk_dim, v_dim) < 1 or num_heads % num_groups:
+            raise ValueError(
+                f"head layout {text!r}: {num_heads} heads must divide over {num_groups} groups, and widths be positive"
+            )
         return cls(num_heads, num_groups, qk_dim, v_dim)
 
     def __str__(self) -> str:

@@ -17,7 +17,7 @@ from nsa_cp.ops import (
     window_attention,
 )
 from nsa_cp.ops.dispatch import accumulator_dtype, resolve_backend
-from nsa_cp.ops.gating import branch_statistics, gate_gradients
+from nsa_cp.ops.gating import gate_gradients, row_statistics
 
 STAGES = ("compression", "compressed", "selection", "selected", "window", "gating")
 Call = Callable[[], object]
@@ -75,7 +75,7 @@ def _gating(config: NSAConfig, x: AttentionInputs) -> Iterator[tuple[str, str, C
     lses = [torch.randn(x.grad.shape[:2], dtype=accumulator_dtype(x.grad), device=x.grad.device) for _ in outs]
 
     def backward() -> object:
-        statistics = branch_statistics(x.grad, outs, lses, gates, backend)
+        statistics = row_statistics(x.grad, outs, lses, gates, backend)
         return statistics, gate_gradients(statistics, gates)
 
     yield "gating", "forward", lambda: combine_branches(outs, gates, config.backend)

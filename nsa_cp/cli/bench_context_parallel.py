@@ -19,6 +19,13 @@ _SETTINGS = ("compress_block_size", "compress_stride", "select_block_size", "num
 _TORCHRUN = "torchrun --nproc-per-node 2 -m nsa_cp.cli.main bench"
 
 
+def positive(text: str) -> int:
+    """An argument that counts something: at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return int(text)
+
+
 def add_parsers(kinds: argparse._SubParsersAction) -> None:
     """Add the subcommands to those of ``nsa-cp bench``."""
     _add_context_parallel(kinds)
@@ -34,11 +41,11 @@ def _add_context_parallel(kinds: argparse._SubParsersAction) -> None:
         "with communication and without; prints a line a measurement and writes CSV and plots.",
     )
     parallel.add_argument(
-        "--seq-lens", type=int, nargs="+", default=[32768, 65536, 131072, 262144, 524288], metavar="S"
+        "--seq-lens", type=positive, nargs="+", default=[32768, 65536, 131072, 262144, 524288], metavar="S"
     )  # fmt: skip
     parallel.add_argument("--layouts", nargs="+", default=["zigzag"], choices=["zigzag", "contiguous"])
     parallel.add_argument("--comms", nargs="+", default=["all_gather", "ring"], choices=["ring", "all_gather"])
-    parallel.add_argument("--repetitions", type=int, default=10, help="of each timing, at most")
+    parallel.add_argument("--repetitions", type=positive, default=10, help="of each timing, at most")
     parallel.add_argument("--seconds", type=float, default=3.0, help="of each timing, about; three repetitions at least")
     parallel.add_argument("--csv", type=Path, default=None, metavar="FILE", help="write the rows, and plots beside them")
     parallel.add_argument(
@@ -54,7 +61,7 @@ def _add_timeline(kinds: argparse._SubParsersAction) -> None:
         help="picture of compute and communication on every GPU, under torchrun",
         description="Trace one forward and backward under context parallelism and draw when kernels compute and when NCCL's run.",
     )
-    timeline.add_argument("--seq-len", type=int, default=131072, metavar="S")
+    timeline.add_argument("--seq-len", type=positive, default=131072, metavar="S")
     timeline.add_argument("--layout", default="zigzag", choices=["zigzag", "contiguous"])
     timeline.add_argument("--comm", default="all_gather", choices=["ring", "all_gather"])
     timeline.add_argument("--png", type=Path, default=Path("context_parallel_timeline.png"), metavar="FILE")
@@ -77,7 +84,7 @@ def _add_cost_model(kinds: argparse._SubParsersAction) -> None:
     model.add_argument("--heads", default="64/4x128", metavar="N/GxD[/Dv]")
     model.add_argument("--layout", default="zigzag", choices=["zigzag", "contiguous"])
     model.add_argument("--comm", default="all_gather", choices=["ring", "all_gather"])
-    model.add_argument("--seq-lens", type=int, nargs="+", default=[1 << n for n in range(16, 23)], metavar="S")
+    model.add_argument("--seq-lens", type=positive, nargs="+", default=[1 << n for n in range(16, 23)], metavar="S")
     model.add_argument("--cp", type=int, nargs="+", default=[1 << n for n in range(1, 10)], metavar="CP")
     model.add_argument("--network-gb-per-s", type=float, default=50.0, help="rate of the slow link, bytes/s / 1e9 into each rank")
     model.add_argument("--check", action="store_true", help="a prediction beside every measured point of --csv, and the error")
@@ -173,10 +180,11 @@ def _check(arguments: argparse.Namespace, settings: Settings) -> int:
                 check = check_against_one_gpu(seq_len, replace(settings, config=config))
                 told = "one GPU cannot hold it: not compared"
                 if check is not None:
-                    wrong += check.differing
+                    wrong += not check.passed
                     told = (
                         f"{check.differing} of {check.selections} selections differ from one GPU's; largest relative difference "
-                        f"of the output {check.out_error:.2e}, of gradients {check.gradient_error:.2e}"
+                        f"of the output {check.out_error:.2e}, of gradients {check.gradient_error:.2e} "
+                        f"(at most {check.tolerance:.0e})"
                     )
                 if settings.group.rank() == 0:
                     print(f"{seq_len:>8} cp {settings.group.size()} {kind:>10} {comm:>10} {told}", flush=True)

@@ -41,6 +41,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--text", type=Path, metavar="FOLDER", help="of language: packages of Python sources; default: the installed"
     )
     study.add_argument("--no-graph", action="store_true", help="launch every kernel of a step instead of replaying CUDA graphs")
+    study.add_argument("--verbose", action="store_true", help="a line for every validation too")
     study.add_argument("--list", action="store_true", help="print the arms with their parameters and the runs still to make")
     study.add_argument("--report", action="store_true", help="write CSV, plots and page of the finished runs, and make none")
     study.add_argument("--docs", type=Path, default=Path("docs/learning"), metavar="FOLDER", help="of the report")
@@ -74,6 +75,7 @@ def _study(arguments: argparse.Namespace) -> int:
             deadline=deadline,
             use_graph=not arguments.no_graph,
             report=lambda line: print(line, flush=True),
+            verbose=arguments.verbose,
             should_stop=lambda: stop.name is not None,
         )
         complete = table.run()

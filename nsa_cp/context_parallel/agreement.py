@@ -19,9 +19,6 @@ from nsa_cp.context_parallel.group import group_size
 from nsa_cp.context_parallel.layout import SequenceLayout
 from nsa_cp.context_parallel.transfer import lost_rank
 
-# By the name of a group without a CPU backend (NCCL alone), the gloo group of the same ranks.
-_host_groups: dict[str, dist.ProcessGroup] = {}
-
 
 class Agreement:
     """One comparison between the ranks of a group, under way from construction. Collective.
@@ -36,7 +33,7 @@ class Agreement:
         self._describe, self._rank = describe, group.rank()
         self._gathered = [torch.empty(1, dtype=torch.int64) for _ in range(group.size())]
         with _lost_ranks_named():
-            self._work = dist.all_gather(self._gathered, torch.tensor([digest]), group=_host_group(group), async_op=True)
+            self._work = _hosts_of(group).all_gather(self._gathered, torch.tensor([digest]))
 
     def confirm(self) -> None:
         """Wait for the other hosts, not for any GPU.
@@ -107,31 +104,47 @@ def _digest(description: str) -> int:
     return int.from_bytes(hashlib.sha256(description.encode()).digest()[:7], "big")
 
 
-def _host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A group of the same ranks that moves host memory: itself if it can, else one made on first use, by all its ranks."""
-    if "cpu:" in dist.get_backend_config(group):
-        return group
-    made = _host_groups.get(group.group_name)
-    if made is None or not _is_registered(made):
+def connect(group: dist.ProcessGroup) -> None:
+    """NCCL sets up its connections in the first call of a group, and every rank must take part; a halo may need only some."""
+    dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
+
+
+class _Hosts:
+    """The hosts of a group, able to gather: the group itself if it can move host memory, else gloo between the same ranks.
+
+    Gloo meets under the group's name, not under a name of torch's making: those count the groups that a process belongs to,
+    and ranks may belong to different numbers of them.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, number: int) -> None:
+        self._group, self._gloo = group, None
+        if "cpu:" in dist.get_backend_config(group):
+            return
         # Its own timeout, where torch tells it; torch's default otherwise.
         options = getattr(group._get_backend(torch.device("cuda")), "options", None)
-        timeout = getattr(options, "_timeout", None)
-        made = _host_groups[group.group_name] = dist.new_group(
-            dist.get_process_group_ranks(group),
-            backend="gloo",
-            timeout=timeout,
-            use_local_synchronization=True,
-            group_desc="nsa_cp agreement",
-        )
-    return made
+        timeout = getattr(options, "_timeout", None) or dist.default_pg_timeout
+        store = dist.PrefixStore(f"nsa_cp agreement/{group.group_name}/{number}", dist.distributed_c10d._get_default_store())
+        self._gloo = dist.ProcessGroupGloo(store, group.rank(), group.size(), timeout)
+        connect(group)
+
+    def all_gather(self, gathered: list[torch.Tensor], mine: torch.Tensor) -> dist.Work:
+        """Start to fill ``gathered`` with every rank's ``mine``."""
+        if self._gloo is None:
+            return dist.all_gather(gathered, mine, group=self._group, async_op=True)
+        return self._gloo.allgather([gathered], [mine])
 
 
-def _is_registered(group: dist.ProcessGroup) -> bool:
-    """False once the group has been destroyed."""
-    try:
-        return dist.get_rank(group) >= 0
-    except ValueError:
-        return False
+# By the name of a group, with how many of that name there have been: a name may be used again once its group is destroyed.
+_hosts: dict[str, tuple[dist.ProcessGroup, int, _Hosts]] = {}
+
+
+def _hosts_of(group: dist.ProcessGroup) -> _Hosts:
+    """The hosts of ``group``, made on first use by all its ranks."""
+    known, number, hosts = _hosts.get(group.group_name, (None, 0, None))
+    if known is not group:
+        hosts = _Hosts(group, number + 1)
+        _hosts[group.group_name] = (group, number + 1, hosts)
+    return hosts
 
 
 @contextlib.contextmanager

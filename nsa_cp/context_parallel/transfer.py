@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -52,11 +53,9 @@ class Transfer:
             RuntimeError: a rank died or gave up (at once or at the process group's timeout; with NCCL torch's watchdog
                 ends the process instead).
         """
-        try:
+        with _lost_ranks_named():
             for work in self._works:
                 work.wait()
-        except RuntimeError as error:
-            raise RuntimeError(f"a transfer between context-parallel ranks failed: {lost_rank(error)}") from error
         self._sent, self._works = (), ()
         return self._received
 
@@ -68,6 +67,14 @@ def lost_rank(error: RuntimeError) -> str:
         f"a rank died, raised an error of its own or did not take part within the process group's timeout; look for the "
         f"first error in the logs of the other ranks ({reason})"
     )
+
+
+@contextlib.contextmanager
+def _lost_ranks_named() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(f"a transfer between context-parallel ranks failed: {lost_rank(error)}") from error
 
 
 def issue(
@@ -85,7 +92,8 @@ def issue(
         launch: makes the calls of torch.distributed that fill ``received`` from ``sent``.
     """
     record(pattern, *volume)
-    return Transfer(received, sent, launch())
+    with _lost_ranks_named():
+        return Transfer(received, sent, launch())
 
 
 def all_gather(message: torch.Tensor, group: dist.ProcessGroup) -> Transfer:

@@ -73,9 +73,7 @@ class NSASelfAttention(MegatronModule):
         gate_width = nsa.num_gates * self.heads_per_group if is_nsa and nsa.gate == "head" else 0
         # What one group takes of the fused projection, in order: queries, (key, value) for each branch, gate logits.
         self.group_widths = [self.heads_per_group * self.qk_dim, *[self.qk_dim, self.v_dim] * self.num_pairs, gate_width]
-        self.checkpoint_core_attention = (
-            config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
-        )
+        self.checkpoint_core_attention = config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
         if config.recompute_granularity is not None:
             reuse_selections()
         self.linear_qkv = build_module(

@@ -89,7 +89,5 @@ class BranchesBackward:
 
             return kernel(self.q, branch.k, branch.v, self.grad, *branch.statistics, *intervals.of_keys, self._scale)
         k, v, statistics = branch
-        self.dq, *gradients = interval_attention_backward(
-            self.q, k, v, self.grad, statistics, intervals, self.backend, self.dq
-        )
+        self.dq, *gradients = interval_attention_backward(self.q, k, v, self.grad, statistics, intervals, self.backend, self.dq)
         return tuple(gradients)

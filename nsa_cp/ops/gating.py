@@ -32,26 +32,30 @@ def combine_forward(outs: Sequence[torch.Tensor], gates: torch.Tensor, backend: 
     return total.to(outs[0].dtype)
 
 
-def branch_statistics(
+def row_statistics(
     grad: torch.Tensor, outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor], gates: torch.Tensor, backend: str
-) -> list[BranchStatistics]:
-    """The statistics of each branch; ``grad`` [T, N, Dv] is the gradient of the gated sum."""
+) -> torch.Tensor:
+    """Shifts, then deltas, of all branches, [2, branches, T, N]; ``grad`` [T, N, Dv] is the gradient of the gated sum."""
     if backend == "triton":
         from nsa_cp.kernels.gating.backward import combine_backward as kernel
 
-        return [BranchStatistics(*pair) for pair in zip(*kernel(grad, outs, lses, gates), strict=True)]
+        return kernel(grad, outs, lses, gates)
     accumulator = accumulator_dtype(grad)
     wide = grad.to(accumulator)
-    log_gates = gates.to(accumulator).log().expand(-1, grad.shape[1], -1).unbind(-1)
-    return [
-        BranchStatistics((lse - log_gate).masked_fill(lse == float("-inf"), float("inf")), (wide * out).sum(-1))
-        for out, lse, log_gate in zip(outs, lses, log_gates, strict=True)
-    ]
+    lse = torch.stack(tuple(lses))
+    shift = lse - gates.to(accumulator).log().expand(-1, grad.shape[1], -1).movedim(-1, 0)
+    delta = torch.stack([(wide * out).sum(-1) for out in outs])
+    return torch.stack([shift.masked_fill(lse == float("-inf"), float("inf")), delta])
 
 
-def gate_gradients(statistics: Sequence[BranchStatistics], gates: torch.Tensor) -> torch.Tensor:
-    """Gradient of the gates, in their shape and dtype."""
-    row_sums = torch.stack([branch.delta for branch in statistics], -1)
+def split_statistics(statistics: torch.Tensor) -> list[BranchStatistics]:
+    """For each branch its part of :func:`row_statistics`."""
+    return [BranchStatistics(shift, delta) for shift, delta in zip(*statistics, strict=True)]
+
+
+def gate_gradients(statistics: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    """Gradient of the gates, in their shape and dtype, from :func:`row_statistics`."""
+    row_sums = statistics[1].movedim(0, -1)
     return (row_sums if gates.shape[1] == row_sums.shape[1] else row_sums.sum(1, keepdim=True)).to(gates.dtype)
 
 
@@ -60,5 +64,5 @@ def softmax_statistics(
 ) -> BranchStatistics:
     """The statistics of an attention without a gate that returns its lse too, whose gradient is ``grad_lse``."""
     ungated = grad.new_ones(1, 1, 1).expand(grad.shape[0], 1, 1)
-    shift, delta = branch_statistics(grad, [out], [lse], ungated, backend)[0]
+    ((shift,), (delta,)) = row_statistics(grad, [out], [lse], ungated, backend)
     return BranchStatistics(shift, delta - grad_lse)

@@ -23,9 +23,7 @@ class Intervals:
         span: most keys that any query of any rank may see, the same on all ranks; default ``num_keys``.
     """
 
-    def __init__(
-        self, begin: np.ndarray, end: np.ndarray, num_keys: int, device: torch.device, span: int | None = None
-    ) -> None:
+    def __init__(self, begin: np.ndarray, end: np.ndarray, num_keys: int, device: torch.device, span: int | None = None) -> None:
         assert len(begin) == len(end) and np.all(begin <= end)
         assert np.all(np.diff(begin) >= 0) and np.all(np.diff(end) >= 0), "rows must stand in global order"
         self.begin, self.end, self.num_keys, self.device = begin, end, num_keys, device

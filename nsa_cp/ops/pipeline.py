@@ -9,7 +9,7 @@ allocates anything, autograd has let go of them. Gates are never multiplied with
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -32,12 +32,13 @@ from nsa_cp.ops.branches import Branch, BranchesBackward
 from nsa_cp.ops.checks import check_heads, check_rows
 from nsa_cp.ops.compression import CompressorWeights, check_compressor_weights, compress
 from nsa_cp.ops.dispatch import accumulator_dtype, resolve_backend
-from nsa_cp.ops.gating import BranchStatistics, branch_statistics, combine_forward, gate_gradients
+from nsa_cp.ops.gating import BranchStatistics, combine_forward, gate_gradients, row_statistics, split_statistics
 from nsa_cp.ops.interval_attention import interval_attention_forward, merge_attention
 from nsa_cp.ops.plan import NSAPlan, get_plan
 from nsa_cp.ops.rope import apply_rope, rotary_tables
 from nsa_cp.ops.selected import selected_attention_forward
 from nsa_cp.ops.selection import select_blocks_forward
+
 
 class NSAOutput(NamedTuple):
     """Result of :func:`native_sparse_attention` for the local rows; all but ``out`` carry no gradient.
@@ -72,7 +73,7 @@ def native_sparse_attention(
     Args:
         q: [T, N, Dk], unrotated.
         k, v: [T, G, Dk] and [T, G, Dv], unrotated, for the branches (compressed, selected, window), or one for all three.
-        gates: [T, N or 1, 3], not negative, in the same branch order.
+        gates: [T, N or 1, 3], not negative (gradients would be NaN), in the same branch order.
         k_weights, v_weights: of the compressors, see ``compress``.
         cu_seqlens: document borders on one process; None is one document. Leave it out when ``layout`` is given.
         rotary: rotate queries and keys at their document positions; None leaves them as they are.
@@ -93,7 +94,7 @@ def native_sparse_attention(
     check_compressor_weights("v_weights", v_weights, v[0], config)
     _check_blocks(blocks, q, k[0], config)
     plan = get_plan(layout, config, q.device)
-    facts = (*q.shape[1:], *v[0].shape[1:], q.dtype, config)
+    facts = ("nsa", *q.shape[1:], *v[0].shape[1:], q.dtype, config, rotary)
     agreement = start_agreement(plan.agreed, layout, facts, group, q.device)
     if rotary is not None:
         tables = rotary_tables(plan.position, rotary, q.shape[-1], accumulator_dtype(q))
@@ -104,15 +105,15 @@ def native_sparse_attention(
     slc, win = 1 % len(k), 2 % len(k)
     branches = (k_cmp, v[0], rotated[slc], v[slc], rotated[win], v[win])
     call = _Call(plan, group, resolve_backend(config.backend, q, v[0]), len(k_weights), rotary, q.shape[1] // v[0].shape[1])
-    *outs, blocks = _Branches.apply(call, blocks, q, *branches, *k_weights, *v_weights)
-    out = _GatedSum.apply(call, gates, *outs)
+    blocks, statistics, *outs = _Branches.apply(call, blocks, q, *branches, *k_weights, *v_weights)
+    out = _GatedSum.apply(call.backend, gates, statistics, *outs)
     agreement.confirm()
     return NSAOutput(out, blocks, *(lse.detach() for lse in outs[3:]))
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Call:
-    """What one call carries from Function to Function besides tensors that autograd knows."""
+    """What one call carries besides tensors."""
 
     plan: NSAPlan
     group: dist.ProcessGroup | None
@@ -120,8 +121,6 @@ class _Call:
     num_k_weights: int
     rotary: RotaryConfig | None
     heads_per_group: int
-    # Of each branch, from the gated sum's backward to the branches'.
-    statistics: list[BranchStatistics] = field(default_factory=list)
 
     def halo_exchange(self) -> HaloExchange:
         """For (k_cmp, v_cmp, k_win, v_win)."""
@@ -153,9 +152,10 @@ class _Call:
 
 
 class _Branches(torch.autograd.Function):
-    """Outputs of the three branches [T, N, Dv], their lses [T, N] and the chosen blocks.
+    """The chosen blocks, a place for the row statistics, the outputs of the three branches [T, N, Dv] and their lses [T, N].
 
-    The gradient of the gated sum comes in the place of the first output's; the gates' part of it is in ``call.statistics``.
+    The backward wants no gradients of its outputs: the gated sum's upstream gradient comes in the place of the first branch's,
+    and the row statistics [2, 3, T, N], which hold the gates' part, come as the gradient of an output that is never filled.
     """
 
     @staticmethod
@@ -178,17 +178,18 @@ class _Branches(torch.autograd.Function):
         ctx.call = call
         ctx.mark_non_differentiable(blocks)
         ctx.set_materialize_grads(False)
-        return out_cmp, out_slc, out_win, lse_cmp, lse_slc, lse_win, blocks
+        place = lse_win.new_empty(1).expand(2, 3, *q.shape[:2])
+        return blocks, place, out_cmp, out_slc, out_win, lse_cmp, lse_slc, lse_win
 
     @staticmethod
     @exact_backward
-    def backward(ctx, grad, *_):  # noqa: ANN001, ANN205
+    def backward(ctx, _, statistics, grad, *__):  # noqa: ANN001, ANN205
+        assert statistics is not None and grad is not None, "only the gated sum's backward leads here"
         call: _Call = ctx.call
         q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, blocks, *weights = ctx.saved_tensors
         plan = call.plan
         halo = call.halo_exchange()
         halo.start([k_cmp, v_cmp, k_win, v_win])
-        statistics, call.statistics = call.statistics, []
         k_buffer, v_buffer, k_window, v_window = halo.wait()
         compression = _RecomputedCompression(call, k_buffer, v_buffer, weights)
         gathered = RowGather(compression.outputs, plan.compressed_partition, call.group)
@@ -199,7 +200,7 @@ class _Branches(torch.autograd.Function):
         arrived: list[tuple[Sequence[torch.Tensor], ...]] = []
         for groups, raw_part in raw:
             heads = call.heads_of(groups)
-            cmp, slc, win = (BranchStatistics(*(x[:, heads] for x in branch)) for branch in statistics)
+            cmp, slc, win = (BranchStatistics(*(x[:, heads] for x in branch)) for branch in split_statistics(statistics))
             backward = BranchesBackward(q[:, heads], grad[:, heads], blocks[:, groups], plan, call.backend)
             # What is awaited last is used last.
             d_win = backward.window(Branch(k_window[:, groups], v_window[:, groups], win))
@@ -224,22 +225,21 @@ class _Branches(torch.autograd.Function):
 
 
 class _GatedSum(torch.autograd.Function):
-    """Three branch outputs and their lses, weighted by the gates, to the output."""
+    """What :class:`_Branches` gives, weighted by the gates, to the output."""
 
     @staticmethod
     @exact_forward
-    def forward(ctx, call: _Call, gates, *branches):  # noqa: ANN001, ANN205
+    def forward(ctx, backend: str, gates, statistics, *branches):  # noqa: ANN001, ANN205
         ctx.save_for_backward(gates, *branches)
-        ctx.call = call
-        return combine_forward(branches[:3], gates, call.backend)
+        ctx.backend = backend
+        return combine_forward(branches[:3], gates, backend)
 
     @staticmethod
     @exact_backward
     def backward(ctx, grad):  # noqa: ANN001, ANN205
-        call: _Call = ctx.call
         gates, *branches = ctx.saved_tensors
-        call.statistics = branch_statistics(grad, branches[:3], branches[3:], gates, call.backend)
-        return None, gate_gradients(call.statistics, gates), grad, *[None] * 5
+        statistics = row_statistics(grad, branches[:3], branches[3:], gates, ctx.backend)
+        return None, gate_gradients(statistics, gates), statistics, grad, *[None] * 5
 
 
 class _GroupGather:

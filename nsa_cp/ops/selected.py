@@ -1,4 +1,4 @@
-"""Attention over the tokens of each query's chosen blocks (paper section 3.3.2), in torch: gathers, chunked over queries."""
+"""Attention over the tokens of each query's chosen blocks (paper section 3.3.2); in torch by gathers, chunked over queries."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from nsa_cp.context_parallel.autograd import exact_backward, exact_forward
 from nsa_cp.ops.checks import check_heads, check_rows
 from nsa_cp.ops.compression import CompressorWeights, compress
 from nsa_cp.ops.dispatch import accumulator_dtype, resolve_backend
-from nsa_cp.ops.gating import branch_statistics, combine_forward, gate_gradients, softmax_statistics
+from nsa_cp.ops.gating import combine_forward, gate_gradients, row_statistics, softmax_statistics
 from nsa_cp.ops.interval_attention import interval_attention_backward, interval_attention_forward
 from nsa_cp.ops.intervals import Intervals
 from nsa_cp.ops.plan import NSAPlan, get_plan
@@ -77,7 +77,7 @@ class _CombineBranches(torch.autograd.Function):
     def backward(ctx, grad):  # noqa: ANN001, ANN205
         gates, *outs = ctx.saved_tensors
         no_shift = grad.new_zeros(grad.shape[:2], dtype=accumulator_dtype(grad))
-        statistics = branch_statistics(grad, outs, [no_shift] * len(outs), gates, ctx.backend)
+        statistics = row_statistics(grad, outs, [no_shift] * len(outs), gates, ctx.backend)
         weights = gates.to(accumulator_dtype(grad)).unbind(-1)
         return gate_gradients(statistics, gates), None, *((g[..., None] * grad).to(grad.dtype) for g in weights)
 

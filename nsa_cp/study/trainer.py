@@ -53,7 +53,8 @@ class Trainer:
         device: of model and batches.
         use_graph: replay steps as CUDA graphs; without effect on a CPU.
         deadline: on the clock of ``time.monotonic``, when to give up; None never.
-        on_warm: called once, when everything that a training step compiles is compiled.
+        on_warm: called when everything that a stage's training step compiles is compiled.
+        on_point: called with each point of the curve.
     """
 
     def __init__(
@@ -64,10 +65,11 @@ class Trainer:
         use_graph: bool = True,
         deadline: float | None = None,
         on_warm: Callable[[], None] = lambda: None,
+        on_point: Callable[[dict[str, Any]], None] = lambda point: None,
     ) -> None:
         self.settings, self.device, self.deadline = settings, device, deadline
         self.use_graph = use_graph and device.type == "cuda"
-        self._on_warm = on_warm
+        self._on_warm, self._on_point = on_warm, on_point
         self.model = Decoder(settings.model, settings.seed).to(device)
         self.optimizer = self._make_optimizer()
         self.dtype = getattr(torch, settings.train.precision)
@@ -129,6 +131,7 @@ class Trainer:
         figures = self._evaluate(self.settings.task.valid(number))
         point = {"step": self.steps_taken, "stage": number, "train_loss": loss, **figures}
         self.curve.append({**point, "gates": gate_means(self.model)})
+        self._on_point(self.curve[-1])
         return figures
 
     def _evaluate(self, groups: Iterator[Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +31,8 @@ _TICK = 1.0
 # Longest sequence, in tokens, whose selections are saved: about 10 MiB.
 LONGEST_SAVED = 8192
 
-Message = tuple[Literal["warm", "done", "failed", "out_of_time", "no_graph"], Any]
+# What a worker says; after the first two it is still at work.
+Message = tuple[Literal["warm", "point", "done", "failed", "out_of_time", "no_graph"], Any]
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,17 @@ class Worker:
     job: Job | None = None
 
 
-def make_run(job: Job, device: torch.device, on_warm: Callable[[], None] = lambda: None) -> Record:
-    """Train and test one model; what the store keeps of it."""
+def make_run(job: Job, device: torch.device, tell: Callable[[Message], None] = lambda message: None) -> Record:
+    """Train and test one model; what the store keeps of it.
+
+    Args:
+        tell: called with what happens on the way.
+    """
     settings = job.settings
-    trained = Trainer(settings, device, use_graph=job.use_graph, deadline=job.deadline, on_warm=on_warm).run()
+    trained = Trainer(
+        settings, device, use_graph=job.use_graph, deadline=job.deadline,
+        on_warm=lambda: tell(("warm", None)), on_point=lambda point: tell(("point", point)),
+    ).run()  # fmt: skip
     if job.selections is not None:
         stages = settings.task.stages
         stage = max(number for number, stage in enumerate(stages) if number == 0 or stage.length <= LONGEST_SAVED)
@@ -94,6 +103,7 @@ class Table:
         deadline: on the clock of ``time.monotonic``, None for no limit: no run starts after it, and those at work give up.
         use_graph: replay steps as CUDA graphs. Where that fails for a model its runs are made without.
         report: called with a line for every event.
+        verbose: every validation is an event.
         should_stop: asked now and then; true ends like the deadline.
     """
 
@@ -104,6 +114,7 @@ class Table:
     deadline: float | None = None
     use_graph: bool = True
     report: Callable[[str], None] = print
+    verbose: bool = False
     should_stop: Callable[[], bool] = lambda: False
     # Runs that are done, or failed in this call; and those at work.
     records: dict[str, Record] = field(default_factory=dict)
@@ -175,6 +186,10 @@ class Table:
             self._warm.add(settings.kernels)
             self._warming.discard(settings.kernels)
             return
+        if kind == "point":
+            if self.verbose:
+                self.report(f"{name}, {_readable(content)}")
+            return
         self._in_work.discard(settings.run_id)
         self._warming.discard(settings.kernels)
         if kind == "no_graph":
@@ -201,7 +216,7 @@ class Table:
 
     def _run_here(self) -> None:
         while (job := self._next()) is not None:
-            self._take(job, attempt(job, self.device))
+            self._take(job, attempt(job, self.device, partial(self._take, job)))
 
     def _run_in_workers(self) -> None:
         workers = [self._start() for _ in range(self.num_workers)]
@@ -236,7 +251,7 @@ class Table:
             worker.process.join(_GRACE)
             message = ("failed", f"the process ended with exit code {worker.process.exitcode}")
         self._take(worker.job, message)
-        if message[0] == "warm":
+        if message[0] in ("warm", "point"):
             return worker
         worker.job = None
         if message[0] in ("failed", "no_graph"):
@@ -256,10 +271,18 @@ class Table:
         return Worker(process, ours)
 
 
-def attempt(job: Job, device: torch.device, on_warm: Callable[[], None] = lambda: None) -> Message:
+def _readable(point: dict[str, Any]) -> str:
+    """A point of the curve in a line."""
+    figures = {key: value for key, value in point.items() if isinstance(value, (int, float))}
+    return ", ".join(f"{key} {value:.4g}" for key, value in figures.items()) + (
+        f", gates {point['gates']}" if point["gates"] else ""
+    )
+
+
+def attempt(job: Job, device: torch.device, tell: Callable[[Message], None] = lambda message: None) -> Message:
     """Make a run and say how it went."""
     try:
-        return "done", make_run(job, device, on_warm)
+        return "done", make_run(job, device, tell)
     except OutOfTime:
         return "out_of_time", None
     except CaptureFailed as error:
@@ -291,7 +314,7 @@ def _serve(connection: Connection, device: str, threads: int) -> None:
             job: Job = connection.recv()
         except EOFError:
             return
-        connection.send(attempt(job, torch.device(device), lambda: connection.send(("warm", None))))
+        connection.send(attempt(job, torch.device(device), connection.send))
         if device != "cpu":
             gc.collect()
             torch.cuda.empty_cache()

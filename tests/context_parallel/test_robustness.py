@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from nsa_cp.attention import full_attention, sliding_window_attention
 from nsa_cp.config import NSAConfig, RotaryConfig
-from nsa_cp.context_parallel import SequenceLayout, start_agreement, transfer
+from nsa_cp.context_parallel import SequenceLayout, agreement, start_agreement, transfer
 from nsa_cp.ops import native_sparse_attention
 from nsa_cp.testing import DistributedPool
 from nsa_cp.testing.cases import AttentionProblem, make_problem, solve
@@ -24,7 +24,7 @@ from nsa_cp.testing.pool import RankError
 
 pytestmark = pytest.mark.distributed
 
-WORLD, TIMEOUT = 2, 4.0
+WORLD, TIMEOUT = 2, 3.0
 NCCL = pytest.param(
     "nccl",
     marks=[pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < WORLD, reason=f"needs {WORLD} CUDA devices")],
@@ -96,6 +96,54 @@ def _met_and_repeated(rank: int, world_size: int, attention: str) -> str:
 def test_a_new_layout_beside_a_repeated_one_is_an_error_on_both_ranks(workers, attention: str) -> None:
     for rank, message in enumerate(workers(WORLD).run(_met_and_repeated, attention)):
         assert "ranks [1] differ from rank 0" in message and f"Rank {rank} has: documents" in message
+
+
+def _different_calls(rank: int, world_size: int) -> list[str]:
+    """Rank 1 calls with another window, another kind of attention, and without rotation."""
+    problem, layout = _problem(rank, "first")
+    q, k, v, group, told = problem.q, problem.k[0], problem.v[0], dist.group.WORLD, []
+
+    def window(size: int) -> None:
+        sliding_window_attention(q, k, v, layout, window_size=size, cp_group=group)
+
+    def nsa(rotary: RotaryConfig | None) -> None:
+        solve(replace(problem, rotary=rotary), layout=layout, group=group)
+
+    for mine, other in (
+        (lambda: window(8), lambda: window(16)),
+        (lambda: window(8), lambda: full_attention(q, k, v, layout, cp_group=group)),
+        (lambda: nsa(RotaryConfig()), lambda: nsa(None)),
+    ):
+        with pytest.raises(ValueError) as error:
+            (mine if rank == 0 else other)()
+        told.append(str(error.value))
+    return told
+
+
+def test_different_calls_on_one_layout_are_an_error_on_both_ranks(workers) -> None:
+    for messages in workers(WORLD).run(_different_calls):
+        assert all("ranks [1] differ from rank 0" in message for message in messages)
+
+
+def _agree_without_a_cpu_backend(rank: int, world_size: int) -> bool:
+    """Rank 0 belongs to one group more than rank 1, as the only member, and the context-parallel group is NCCL's by its name."""
+    if rank == 0:
+        dist.new_group([0], use_local_synchronization=True)
+    layout, group = SequenceLayout.build(64, cp_size=world_size, cp_rank=rank), dist.new_group(list(range(world_size)))
+    with (
+        mock.patch.object(dist, "get_backend_config", lambda _: "cuda:nccl"),
+        mock.patch.object(agreement, "connect", lambda _: None),
+    ):
+        for _ in range(2):
+            start_agreement({}, layout, ("facts",), group, torch.device("cpu")).confirm()
+        with pytest.raises(ValueError, match="differ from rank 0"):
+            start_agreement({}, layout, (rank,), group, torch.device("cpu"))
+    dist.destroy_process_group(group)
+    return True
+
+
+def test_hosts_meet_whatever_other_groups_a_rank_belongs_to(workers) -> None:
+    assert all(workers(WORLD).run(_agree_without_a_cpu_backend))
 
 
 @pytest.mark.gpu

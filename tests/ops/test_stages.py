@@ -17,7 +17,6 @@ from nsa_cp.ops import (
     compressed_attention,
     interval_attention,
     native_sparse_attention,
-    pipeline,
     select_blocks,
     selected,
     selected_attention,

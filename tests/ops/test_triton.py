@@ -12,7 +12,7 @@ from nsa_cp.config import NSAConfig, RotaryConfig
 from nsa_cp.context_parallel import SequenceLayout
 from nsa_cp.ops import compress_kv, native_sparse_attention, select_blocks
 from nsa_cp.ops.branches import Branch, BranchesBackward
-from nsa_cp.ops.gating import branch_statistics
+from nsa_cp.ops.gating import row_statistics, split_statistics
 from nsa_cp.ops.interval_attention import interval_attention_forward
 from nsa_cp.ops.plan import NSAPlan, get_plan
 from nsa_cp.ops.selected import selected_attention_forward
@@ -179,7 +179,7 @@ def _branches(problem: AttentionProblem, plan: NSAPlan) -> dict[str, torch.Tenso
     blocks = select_blocks_forward(q, k[:count], results["compressed"][1], plan, "triton")
     results["selected"] = selected_attention_forward(q, k, v, blocks, plan, "triton")
     outs, lses = ([results[name][i] for name in held] for i in range(2))
-    statistics = dict(zip(held, branch_statistics(grad, outs, lses, gates, "triton"), strict=True))
+    statistics = dict(zip(held, split_statistics(row_statistics(grad, outs, lses, gates, "triton")), strict=True))
     backward, dq = BranchesBackward(q, grad, blocks, plan, "triton"), torch.empty_like(q)
     gradients = {
         name: getattr(backward, name)(Branch(*held[name], statistics[name])) for name in ("window", "compressed", "selected")

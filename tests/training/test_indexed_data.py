@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
 from training_harness import metrics, tiny_config, train_here
 
 from nsa_cp.testing import DistributedPool
@@ -61,9 +60,7 @@ def test_training_samples_are_the_documents(tmp_path: Path, workers: object) -> 
     assert ranks[0] == pool.run(read_training, section(tmp_path / "data"), tmp_path / "cache", per_epoch)[0], "from the cache"
     assert ranks[0] != pool.run(read_training, section(tmp_path / "data"), tmp_path / "other", per_epoch, 6)[0], "another seed"
     # Every sample is a run of 17 tokens of training documents in some order: look for its neighbours in the documents.
-    pairs = {
-        (int(a), int(b)) for document in documents[: source._first_validation] for a, b in zip(document[:-1], document[1:])
-    }
+    pairs = {(int(a), int(b)) for document in documents[: source._first_validation] for a, b in zip(document[:-1], document[1:])}
     starts = {int(document[0]) for document in documents[: source._first_validation]}
     for tokens, labels, mask in ranks[0]:
         t, l, m = np.frombuffer(tokens, np.int64), np.frombuffer(labels, np.int64), np.frombuffer(mask, np.float32)
