@@ -22,7 +22,7 @@ SCALES = ("full", "mini", "tiny")
 # Sequences of 4096 tokens are more than 8 times what a query sees of the tokens themselves: 8 blocks of 32 and a window of 128.
 _NSA = NSAConfig(compress_block_size=16, compress_stride=8, select_block_size=32, num_selected_blocks=8, window_size=128)
 _SMALL_NSA = NSAConfig(
-    compress_block_size=8, compress_stride=4, select_block_size=16, num_selected_blocks=4, num_local_blocks=1, window_size=32
+    compress_block_size=8, compress_stride=4, select_block_size=16, num_selected_blocks=6, num_local_blocks=1, window_size=32
 )
 _TEXT_BYTES = {"full": 96 << 20, "mini": 16 << 20, "tiny": 1 << 20}
 # A quarter of the channels turn: the others compare tokens at any distance alike.
@@ -87,17 +87,17 @@ def _recall_train(scale: str) -> TrainSettings:
 
 
 def _mqar(scale: str) -> Study:
-    # Rows: length, pairs, questions, gap, stride, steps. Pairs take a quarter of a sequence; at full length no window reaches
-    # from a question to a pair, not over all layers.
+    # Rows: length, pairs, questions, gap, stride, steps. At full length no window reaches from a question to a pair, not over all
+    # layers. Pairs stand so close that a compressed token holds five: at half as many the compressed branch alone reads them.
     if scale == "full":
         kinds = (64, 256, 64)
         schedule = _schedule(
-            32768, kinds, (64, 4, 32, 12, 4, 150), (256, 16, 96, 64, 4, 150), (1024, 64, 256, 288, 4, 150),
-            (4096, 256, 1024, 512, 4, 400),
+            32768, kinds, (64, 4, 32, 12, 3, 150), (256, 16, 96, 64, 3, 150), (1024, 64, 256, 288, 3, 150),
+            (4096, 256, 1024, 512, 3, 400),
         )  # fmt: skip
     elif scale == "mini":
         kinds = (32, 64, 32)
-        schedule = _schedule(8192, kinds, (64, 4, 32, 12, 4, 150), (256, 16, 96, 80, 4, 150), (512, 32, 256, 80, 4, 200))
+        schedule = _schedule(8192, kinds, (64, 4, 32, 12, 2, 150), (256, 16, 96, 80, 2, 150), (512, 32, 256, 80, 2, 200))
     else:
         kinds = (8, 16, 8)
         schedule = _schedule(512, kinds, (64, 4, 16, 8, 4, 4), (256, 8, 32, 80, 4, 4))
