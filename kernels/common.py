@@ -42,21 +42,6 @@ def channels_last(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def accumulator(dq: torch.Tensor | None, shape: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, bool]:
-    """The float32 tensor a kernel leaves dq in, and whether it adds to what is there.
-
-    Raises:
-        ValueError: ``dq`` has another shape or dtype.
-    """
-    if dq is None:
-        return torch.empty(shape, dtype=torch.float32, device=device), False
-    if tuple(dq.shape) != tuple(shape) or dq.dtype != torch.float32 or dq.stride(-1) != 1:
-        raise ValueError(
-            f"dq must be float32 of shape {tuple(shape)} with contiguous channels; got {dq.dtype}, {tuple(dq.shape)}"
-        )
-    return dq, True
-
-
 def copies_in_bulk(*tensors: torch.Tensor) -> bool:
     """Whether Hopper's copy engine can fetch tiles of all of these: bases and rows start at multiples of 16 bytes.
 
@@ -168,15 +153,11 @@ def load_bulk(tiles, tail_tiles, row, head, ROWS: tl.constexpr, HEAD: tl.constex
 
 
 @triton.jit
-def store_tile(
-    base, offsets, keep, tile, FIRST: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, ACCUMULATE: tl.constexpr
-):
-    """Write (or add) the kept rows of a tile at ``base + offsets``, in the element type of ``base``."""
+def store_tile(base, offsets, keep, tile, FIRST: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
+    """Write the kept rows of a tile at ``base + offsets``, in the element type of ``base``."""
     column = FIRST + tl.arange(0, COLUMNS)
     pointers = base + offsets[:, None] + column[None, :]
     mask = keep[:, None] & (column < WIDTH)[None, :]
-    if ACCUMULATE:
-        tile += tl.load(pointers, mask=mask, other=0.0)
     tl.store(pointers, tile.to(base.dtype.element_ty), mask=mask)
 
 

@@ -14,7 +14,6 @@ import triton.language as tl
 from ..common import (
     INT_MAX,
     LOG2_E,
-    accumulator,
     bulk_tiles,
     channels_last,
     check_heads,
@@ -157,13 +156,13 @@ def query_tile(
 @triton.jit
 def store_dq(
     dq_ptr, dq, dq_tail, token, head, valid, dq_stride_t, dq_stride_h, scale,
-    DK: tl.constexpr, DK_HEAD: tl.constexpr, DK_TAIL: tl.constexpr, ACCUMULATE: tl.constexpr,
+    DK: tl.constexpr, DK_HEAD: tl.constexpr, DK_TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Write (or add) a query tile's dq with its factor scale."""
+    """Write a query tile's dq with its factor scale."""
     offset = token.to(tl.int64) * dq_stride_t + head * dq_stride_h
-    store_tile(dq_ptr, offset, valid, dq * scale, 0, DK_HEAD, DK, ACCUMULATE)
+    store_tile(dq_ptr, offset, valid, dq * scale, 0, DK_HEAD, DK)
     if DK_TAIL > 0:
-        store_tile(dq_ptr, offset, valid, dq_tail * scale, DK_HEAD, DK_TAIL, DK, ACCUMULATE)
+        store_tile(dq_ptr, offset, valid, dq_tail * scale, DK_HEAD, DK_TAIL, DK)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -175,7 +174,7 @@ def interval_attention_backward_dq_kernel(
     DK: tl.constexpr, DK_HEAD: tl.constexpr, DK_TAIL: tl.constexpr,
     DV: tl.constexpr, DV_HEAD: tl.constexpr, DV_TAIL: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    BULK: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
+    BULK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one query tile of one group, over all keys its rows see."""
     _, group, token, head, valid, q, q_tail, do, do_tail = query_tile(
@@ -189,7 +188,7 @@ def interval_attention_backward_dq_kernel(
         shift_ptr, delta_ptr, begin_ptr, end_ptr,
         GROUPS * HEADS, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, KEYS, BULK, PRECISION,
     )  # fmt: skip
-    store_dq(dq_ptr, dq, dq_tail, token, head, valid, dq_stride_t, dq_stride_h, scale, DK, DK_HEAD, DK_TAIL, ACCUMULATE)
+    store_dq(dq_ptr, dq, dq_tail, token, head, valid, dq_stride_t, dq_stride_h, scale, DK, DK_HEAD, DK_TAIL)
 
 
 @triton.jit
@@ -253,12 +252,12 @@ def store_dkv(
     DV: tl.constexpr, DV_HEAD: tl.constexpr, DV_TAIL: tl.constexpr,
 ):  # fmt: skip
     """Write the kept rows of dk (with its factor scale) and dv."""
-    store_tile(dk_ptr, row * DK, keep, dk * scale, 0, DK_HEAD, DK, False)
-    store_tile(dv_ptr, row * DV, keep, dv, 0, DV_HEAD, DV, False)
+    store_tile(dk_ptr, row * DK, keep, dk * scale, 0, DK_HEAD, DK)
+    store_tile(dv_ptr, row * DV, keep, dv, 0, DV_HEAD, DV)
     if DK_TAIL > 0:
-        store_tile(dk_ptr, row * DK, keep, dk_tail * scale, DK_HEAD, DK_TAIL, DK, False)
+        store_tile(dk_ptr, row * DK, keep, dk_tail * scale, DK_HEAD, DK_TAIL, DK)
     if DV_TAIL > 0:
-        store_tile(dv_ptr, row * DV, keep, dv_tail, DV_HEAD, DV_TAIL, DV, False)
+        store_tile(dv_ptr, row * DV, keep, dv_tail, DV_HEAD, DV_TAIL, DV)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_keys", "splits"])
@@ -329,7 +328,6 @@ def interval_attention_backward(
     q_end: torch.Tensor,
     scale: float,
     *,
-    dq: torch.Tensor | None = None,
     dq_config: TileConfig | None = None,
     dkv_config: TileConfig | None = None,
     splits: int | None = None,
@@ -344,7 +342,6 @@ def interval_attention_backward(
             the row's gate; +inf gives a row no gradient.
         delta: float32 [T, N], ``sum(do * out)`` with the output that belongs to the lse.
         q_begin, q_end: int32 [M], the query rows that see each key, half open: the inverse of ``begin`` and ``end``.
-        dq: float32 [T, N, Dk] to add to, or None for a new one.
         dq_config, dkv_config: tile shapes instead of the table's.
         splits: shares each key tile's queries are cut into, instead of the number that fills a GPU.
         bulk: fetch tiles by the copy engine, instead of where it can.
@@ -353,16 +350,15 @@ def interval_attention_backward(
         ``dq`` [T, N, Dk], ``dk`` [M, G, Dk], ``dv`` [M, G, Dv], float32. The same inputs give the same bits.
 
     Raises:
-        ValueError: as the forward, or ``dq`` of another shape or dtype.
+        ValueError: as the forward.
     """
     (tokens, num_heads, dk_width), (num_keys, groups, dv_width) = q.shape, v.shape
     heads = check_heads(num_heads, groups)
     if scale <= 0:
         raise ValueError(f"scale = {scale} must be positive")
-    dq, accumulate = accumulator(dq, q.shape, q.device)
+    dq = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     if tokens == 0 or num_keys == 0:
-        dq = dq if accumulate else dq.zero_()
-        return dq, dq.new_zeros(k.shape), dq.new_zeros(v.shape)
+        return dq.zero_(), dq.new_zeros(k.shape), dq.new_zeros(v.shape)
     q, k, v, do = channels_last(q), channels_last(k), channels_last(v), channels_last(do)
     config = dq_config or tile_config("interval_dq", q.dtype, q.device, heads, max(dk_width, dv_width))
     bulk_keys = copies_in_bulk(k, v) if bulk is None else bulk
@@ -371,7 +367,7 @@ def interval_attention_backward(
         q, do, dq, *key_arguments(k, v, config.keys, bulk_keys), shift.contiguous(), delta.contiguous(), begin, end,
         *q.stride()[:2], *do.stride()[:2], *dq.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         tokens, scale, scale * LOG2_E.value,
-        TOKENS=tile_tokens, ROWS=config.rows, KEYS=config.keys, BULK=bulk_keys, ACCUMULATE=accumulate,
+        TOKENS=tile_tokens, ROWS=config.rows, KEYS=config.keys, BULK=bulk_keys,
         **widths(groups, heads, dk_width, dv_width), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     dk, dv = interval_attention_backward_dkv(

@@ -165,9 +165,9 @@ def finish_rows(
     """Divide by the softmax sums and write out and lse; a row that saw nothing has out 0 and lse -inf."""
     divisor = tl.where(total > 0, total, 1.0)
     offset = row * out_stride_t + head * out_stride_h
-    store_tile(out_ptr, offset, valid, acc / divisor[:, None], 0, DV_HEAD, DV, False)
+    store_tile(out_ptr, offset, valid, acc / divisor[:, None], 0, DV_HEAD, DV)
     if DV_TAIL > 0:
-        store_tile(out_ptr, offset, valid, acc_tail / divisor[:, None], DV_HEAD, DV_TAIL, DV, False)
+        store_tile(out_ptr, offset, valid, acc_tail / divisor[:, None], DV_HEAD, DV_TAIL, DV)
     lse = tl.where(total > 0, (top + tl.log2(divisor)) * LN_2, float("-inf"))
     tl.store(lse_ptr + row * NUM_HEADS + head, lse, mask=valid)
 

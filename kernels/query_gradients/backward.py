@@ -75,7 +75,7 @@ def query_gradients_kernel(
         GROUPS, HEADS, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, ENTRIES, BLOCK, BLOCK_KEYS, PARTS, TOKENS,
         BLOCK_BULK, PRECISION,
     )  # fmt: skip
-    store_dq(dq_ptr, dq, dq_tail, token, head, valid, dq_stride_t, dq_stride_h, scale, DK, DK_HEAD, DK_TAIL, False)
+    store_dq(dq_ptr, dq, dq_tail, token, head, valid, dq_stride_t, dq_stride_h, scale, DK, DK_HEAD, DK_TAIL)
 
 
 def query_gradients(

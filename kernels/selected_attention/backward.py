@@ -13,7 +13,6 @@ import triton.language as tl
 
 from ..common import (
     LOG2_E,
-    accumulator,
     channels_last,
     check_heads,
     copies_in_bulk,
@@ -37,7 +36,7 @@ from ..interval_attention.backward import (
 )
 from ..tuning import TileConfig, tile_config
 from .forward import block_steps, entry_keys, entry_row, load_entry, union_steps
-from .unions import Unions, Visitors, build_unions, find_visitors
+from .unions import Visitors, build_unions, find_visitors
 
 # Bytes of partial sums held at once: the groups are taken in as many passes as that needs.
 _WORKSPACE_BYTES = 256 << 20
@@ -120,7 +119,7 @@ def selected_attention_backward_dq_kernel(
     DK: tl.constexpr, DK_HEAD: tl.constexpr, DK_TAIL: tl.constexpr,
     DV: tl.constexpr, DV_HEAD: tl.constexpr, DV_TAIL: tl.constexpr,
     ENTRIES: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, BULK: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one query tile of one group."""
     tile, group, token, head, valid, q, q_tail, do, do_tail = query_tile(
@@ -134,7 +133,7 @@ def selected_attention_backward_dq_kernel(
         shift_ptr, delta_ptr, entries_ptr, counts_ptr, position_ptr, key_start_ptr,
         GROUPS, HEADS, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, ENTRIES, BLOCK, KEYS, PARTS, TOKENS, BULK, PRECISION,
     )  # fmt: skip
-    store_dq(dq_ptr, dq, dq_tail, token, head, valid, dq_stride_t, dq_stride_h, scale, DK, DK_HEAD, DK_TAIL, ACCUMULATE)
+    store_dq(dq_ptr, dq, dq_tail, token, head, valid, dq_stride_t, dq_stride_h, scale, DK, DK_HEAD, DK_TAIL)
 
 
 @triton.jit
@@ -187,12 +186,12 @@ def _block_rows(block, first, block_start_ptr, num_blocks, num_keys, BLOCK: tl.c
     return key, (within < BLOCK) & (key < tl.minimum(following, num_keys))
 
 
-@triton.jit(do_not_specialize=["num_keys", "num_blocks", "chunk", "first_group", "last_group"])
+@triton.jit(do_not_specialize=["num_keys", "num_blocks", "chunk", "first_group", "last_group", "base_group"])
 def selected_attention_backward_dkv_kernel(
     q_ptr, do_ptr, k_ptr, v_ptr, shift_ptr, delta_ptr, dk_ptr, dv_ptr, dk_parts_ptr, dv_parts_ptr,
     queries_ptr, offsets_ptr, item_offsets_ptr, slot_offsets_ptr, item_lists_ptr, block_start_ptr, position_ptr, key_start_ptr,
     q_stride_t, q_stride_h, do_stride_t, do_stride_h, k_stride_s, k_stride_g, v_stride_s, v_stride_g,
-    num_keys, num_blocks, chunk, first_group, last_group, scale, scale_log2,
+    num_keys, num_blocks, chunk, first_group, last_group, base_group, scale, scale_log2,
     GROUPS: tl.constexpr, HEADS: tl.constexpr,
     DK: tl.constexpr, DK_HEAD: tl.constexpr, DK_TAIL: tl.constexpr,
     DV: tl.constexpr, DV_HEAD: tl.constexpr, DV_TAIL: tl.constexpr,
@@ -201,6 +200,7 @@ def selected_attention_backward_dkv_kernel(
 ):  # fmt: skip
     """One program: KEYS rows of one block against one work item of the queries that chose it.
 
+    Lists are those of groups first_group .. last_group; the tensors' first group is group base_group of the lists.
     The host launches as many as there could be; those past the last item repeat an existing one without queries or stores.
     """
     last_list = last_group * num_blocks - 1
@@ -208,7 +208,7 @@ def selected_attention_backward_dkv_kernel(
     part = tl.program_id(0) % PARTS
     wanted = tl.load(item_lists_ptr + item)
     visit = tl.minimum(wanted, last_list)
-    group = visit // num_blocks
+    group = visit // num_blocks - base_group
     key, own = _block_rows(visit % num_blocks, part * KEYS, block_start_ptr, num_blocks, num_keys, BLOCK, KEYS)
     own = own & (wanted == visit)
     offset = key.to(tl.int64)
@@ -249,10 +249,10 @@ def selected_attention_backward_dkv_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["num_keys", "num_blocks", "first_group"])
+@triton.jit(do_not_specialize=["num_keys", "num_blocks", "first_group", "base_group"])
 def selected_attention_backward_add_kernel(
     dk_ptr, dv_ptr, dk_parts_ptr, dv_parts_ptr, item_offsets_ptr, slot_offsets_ptr, block_start_ptr,
-    num_keys, num_blocks, first_group,
+    num_keys, num_blocks, first_group, base_group,
     GROUPS: tl.constexpr, DK: tl.constexpr, DK_PADDED: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr,
     BLOCK: tl.constexpr, SLOT_ROWS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -262,7 +262,7 @@ def selected_attention_backward_add_kernel(
     first = tl.program_id(0) % (SLOT_ROWS // ROWS) * ROWS
     items = tl.load(item_offsets_ptr + visit + 1) - tl.load(item_offsets_ptr + visit)
     if items > 1:
-        group = visit // num_blocks
+        group = visit // num_blocks - base_group
         key, own = _block_rows(visit % num_blocks, first, block_start_ptr, num_blocks, num_keys, BLOCK, ROWS)
         slot = tl.load(slot_offsets_ptr + visit) - tl.load(slot_offsets_ptr + first_list)
         dk = tl.zeros([ROWS, DK_PADDED], dtype=tl.float32)
@@ -272,8 +272,8 @@ def selected_attention_backward_add_kernel(
             dk += load_tile(dk_parts_ptr, row * DK, own, 0, DK_PADDED, DK, True)
             dv += load_tile(dv_parts_ptr, row * DV, own, 0, DV_PADDED, DV, True)
         row = key.to(tl.int64) * GROUPS + group
-        store_tile(dk_ptr, row * DK, own, dk, 0, DK_PADDED, DK, False)
-        store_tile(dv_ptr, row * DV, own, dv, 0, DV_PADDED, DV, False)
+        store_tile(dk_ptr, row * DK, own, dk, 0, DK_PADDED, DK)
+        store_tile(dv_ptr, row * DV, own, dv, 0, DV_PADDED, DV)
 
 
 def selected_attention_backward(
@@ -291,8 +291,6 @@ def selected_attention_backward(
     block_size: int,
     scale: float,
     *,
-    dq: torch.Tensor | None = None,
-    unions: Unions | None = None,
     dq_config: TileConfig | None = None,
     dkv_config: TileConfig | None = None,
     chunk: int | None = None,
@@ -308,8 +306,6 @@ def selected_attention_backward(
         shift, delta: float32 [T, N], as in the backward of interval attention.
         block_start: int32 [NB], key row at which each block of each document starts, ascending.
         block_base: int32 [T], number (in ``block_start``) of the first block of the query's document.
-        dq: float32 [T, N, Dk] to add to, or None for a new one.
-        unions: the forward's, if at hand and of the same tile shape.
         dq_config, dkv_config: tile shapes instead of the table's.
         chunk: most queries of one work item.
         workspace_bytes: budget of the partial sums of split lists; the groups are taken in as many passes as it needs.
@@ -319,19 +315,18 @@ def selected_attention_backward(
         ``dq`` [T, N, Dk], ``dk`` [S, G, Dk], ``dv`` [S, G, Dv], float32. The same inputs give the same bits.
 
     Raises:
-        ValueError: as the forward, or ``dq`` of another shape or dtype.
+        ValueError: as the forward.
     """
     (tokens, num_heads, dk_width), (num_keys, groups, dv_width) = q.shape, v.shape
     heads = check_heads(num_heads, groups)
     if scale <= 0:
         raise ValueError(f"scale = {scale} must be positive")
-    dq, accumulate = accumulator(dq, q.shape, q.device)
+    dq = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     if tokens == 0:
         return dq, dq.new_zeros(k.shape), dq.new_zeros(v.shape)
     q, k, v, do = channels_last(q), channels_last(k), channels_last(v), channels_last(do)
     config = dq_config or tile_config("selected_dq", q.dtype, q.device, heads, max(dk_width, dv_width))
-    if unions is None or unions.tile_tokens != config.tokens(heads):
-        unions = build_unions(blocks, position, key_start, block_size, config.tokens(heads))
+    unions = build_unions(blocks, position, key_start, block_size, config.tokens(heads))
     keys, parts = block_steps(block_size, config.keys)
     bulk = keys * parts == block_size and (copies_in_bulk(k, v) if bulk is None else bulk)
     selected_attention_backward_dq_kernel[(unions.counts.shape[0] * groups,)](
@@ -340,13 +335,13 @@ def selected_attention_backward(
         *q.stride()[:2], *do.stride()[:2], *dq.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         tokens, num_keys, scale, scale * LOG2_E.value,
         ENTRIES=unions.entries.shape[-1], BLOCK=block_size, KEYS=keys, PARTS=parts, TOKENS=unions.tile_tokens,
-        ROWS=config.rows, BULK=bulk, ACCUMULATE=accumulate, **widths(groups, heads, dk_width, dv_width),
+        ROWS=config.rows, BULK=bulk, **widths(groups, heads, dk_width, dv_width),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    tables = (position, key_start, block_start, block_base)
+    visitors = find_visitors(blocks, block_base, block_start.shape[0], chunk)
     dk, dv = selected_attention_backward_dkv(
-        q, k, v, do, shift, delta, blocks, *tables, block_size, scale,
-        config=dkv_config, chunk=chunk, workspace_bytes=workspace_bytes,
+        q, k, v, do, shift, delta, visitors, position, key_start, block_start, block_size, scale,
+        config=dkv_config, workspace_bytes=workspace_bytes,
     )  # fmt: skip
     return dq, dk, dv
 
@@ -358,19 +353,23 @@ def selected_attention_backward_dkv(
     do: torch.Tensor,
     shift: torch.Tensor,
     delta: torch.Tensor,
-    blocks: torch.Tensor,
+    visitors: Visitors,
     position: torch.Tensor,
     key_start: torch.Tensor,
     block_start: torch.Tensor,
-    block_base: torch.Tensor,
     block_size: int,
     scale: float,
     *,
+    base_group: int = 0,
     config: TileConfig | None = None,
-    chunk: int | None = None,
     workspace_bytes: int = _WORKSPACE_BYTES,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dk [S, G, Dk] and dv [S, G, Dv] of :func:`selected_attention_backward`, whose arguments these are."""
+    """dk [S, G, Dk] and dv [S, G, Dv] of :func:`selected_attention_backward`, float32.
+
+    Args:
+        visitors: the queries of each block, of these G groups or of more.
+        base_group: number, among the groups of ``visitors``, of the first group here.
+    """
     (tokens, num_heads, dk_width), (num_keys, groups, dv_width) = q.shape, v.shape
     heads = check_heads(num_heads, groups)
     # Rows of documents that have no queries here are in no list.
@@ -381,30 +380,25 @@ def selected_attention_backward_dkv(
     q, k, v, do = channels_last(q), channels_last(k), channels_last(v), channels_last(do)
     shift, delta = shift.contiguous(), delta.contiguous()
     config = config or tile_config("selected_dkv", q.dtype, q.device, heads, max(dk_width, dv_width))
-    visitors = find_visitors(blocks, block_base, block_start.shape[0], chunk or visitor_chunk(tokens, blocks.shape[-1]))
     keys, parts = block_steps(block_size, config.keys)
     passes, dk_parts, dv_parts = _plan_passes(visitors, groups, keys * parts, dk_width, dv_width, workspace_bytes)
-    for first, last in passes:
+    for start, stop in passes:
+        first, last = base_group + start, base_group + stop
         selected_attention_backward_dkv_kernel[((last - first) * visitors.items_per_group * parts,)](
             q, do, k, v, shift, delta, dk, dv, dk_parts, dv_parts,
             visitors.queries, visitors.offsets, visitors.item_offsets, visitors.slot_offsets, visitors.item_lists,
             block_start, position, key_start, *q.stride()[:2], *do.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-            num_keys, visitors.num_blocks, visitors.chunk, first, last, scale, scale * LOG2_E.value,
+            num_keys, visitors.num_blocks, visitors.chunk, first, last, base_group, scale, scale * LOG2_E.value,
             BLOCK=block_size, KEYS=keys, PARTS=parts, TOKENS=config.tokens(heads), ROWS=config.rows,
             **widths(groups, heads, dk_width, dv_width), num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         selected_attention_backward_add_kernel[((last - first) * visitors.num_blocks * (keys * parts // 16),)](
             dk, dv, dk_parts, dv_parts, visitors.item_offsets, visitors.slot_offsets, block_start,
-            num_keys, visitors.num_blocks, first,
+            num_keys, visitors.num_blocks, first, base_group,
             GROUPS=groups, DK=dk_width, DK_PADDED=triton.next_power_of_2(dk_width), DV=dv_width,
             DV_PADDED=triton.next_power_of_2(dv_width), BLOCK=block_size, SLOT_ROWS=keys * parts, ROWS=16,
         )  # fmt: skip
     return dk, dv
-
-
-def visitor_chunk(tokens: int, picks: int) -> int:
-    """Queries of a work item: 512, and for long sequences as many as leave at most about 2048 partial sums a group."""
-    return max(512, triton.next_power_of_2(tokens * picks) // 1024)
 
 
 def _plan_passes(

@@ -27,7 +27,7 @@ from ..common import (
 )
 from ..interval_attention.forward import add_values, finish_rows
 from ..tuning import TileConfig, tile_config
-from .unions import Unions, build_unions
+from .unions import build_unions
 
 
 @triton.jit
@@ -160,7 +160,6 @@ def selected_attention_forward(
     block_size: int,
     scale: float,
     *,
-    unions: Unions | None = None,
     config: TileConfig | None = None,
     bulk: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,7 +173,6 @@ def selected_attention_forward(
         key_start: int32 [T], key row at which the query's document starts.
         block_size: l', tokens of a block.
         scale: positive factor of the scores.
-        unions: :func:`build_unions` of these blocks for this tile shape, if at hand.
         config: tile shape instead of the table's.
         bulk: fetch keys and values by the copy engine, instead of where it can.
 
@@ -195,8 +193,7 @@ def selected_attention_forward(
         return out, lse
     config = config or tile_config("selected_forward", q.dtype, q.device, heads, max(dk, dv))
     tile_tokens = config.tokens(heads)
-    if unions is None or unions.tile_tokens != tile_tokens:
-        unions = build_unions(blocks, position, key_start, block_size, tile_tokens)
+    unions = build_unions(blocks, position, key_start, block_size, tile_tokens)
     q, k, v = channels_last(q), channels_last(k), channels_last(v)
     keys, parts = block_steps(block_size, config.keys)
     bulk = copies_in_bulk(k, v) if bulk is None else bulk

@@ -146,19 +146,20 @@ class Visitors:
     slots_per_group: int
 
 
-def find_visitors(blocks: torch.Tensor, block_base: torch.Tensor, num_blocks: int, chunk: int) -> Visitors:
+def find_visitors(blocks: torch.Tensor, block_base: torch.Tensor, num_blocks: int, chunk: int | None = None) -> Visitors:
     """Invert a selection: a stable sort of the (group, block) of every pick.
 
     Args:
         blocks: int32 [T, G, n], block numbers within each query's document, padded with -1.
         block_base: int32 [T], number of the first block of the query's document among all blocks.
         num_blocks: NB, blocks of all documents.
-        chunk: most queries of a work item.
+        chunk: most queries of a work item; None for :func:`visitor_chunk`.
 
     Returns:
         lists in O(T * n + G * NB) memory, all on the device.
     """
     tokens, groups, picks = blocks.shape
+    chunk = chunk or visitor_chunk(tokens, picks)
     lists = groups * num_blocks
     first_list = torch.arange(groups, dtype=torch.int32, device=blocks.device)[:, None] * num_blocks
     key = torch.where(blocks >= 0, blocks + block_base[:, None, None] + first_list, lists)
@@ -176,3 +177,8 @@ def find_visitors(blocks: torch.Tensor, block_base: torch.Tensor, num_blocks: in
     queries = order.div_(groups * picks, rounding_mode="floor").to(torch.int32)
     slots_per_group = most_split + min(num_blocks, most_split)
     return Visitors(queries, offsets, item_offsets, slot_offsets, item_lists, chunk, num_blocks, items_per_group, slots_per_group)
+
+
+def visitor_chunk(tokens: int, picks: int) -> int:
+    """Queries of a work item: 512, and for long sequences as many as leave at most about 2048 partial sums a group."""
+    return max(512, triton.next_power_of_2(tokens * picks) // 1024)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from nsa_cp.context_parallel import transfer
 from nsa_cp.context_parallel.group import group_rank, group_size
-from nsa_cp.context_parallel.runs import find_runs, join_runs, split_runs
+from nsa_cp.context_parallel.runs import find_runs, join_runs, slices_from
 from nsa_cp.context_parallel.transfer import PeerExchange, Transfer, unpack
 
 
@@ -41,6 +41,7 @@ class RowPartition:
             slot[rows] = rank * self.padded + np.arange(len(rows))
         self.slot = torch.from_numpy(slot)
         self.runs = find_runs(owner, slot - owner.astype(np.int64) * self.padded)
+        self._slices = None if self.runs is None else [slices_from(self.runs, rank) for rank in range(cp_size)]
 
     def to(self, device: torch.device) -> RowPartition:
         """Move the index tensor to ``device`` in place."""
@@ -62,9 +63,9 @@ class RowPartition:
             ]
             return torch.cat(padded, dim=1).flatten()
         pieces = []
-        for rank, held in enumerate(self.counts):
+        for slices, held in zip(self._slices, self.counts, strict=True):
             for x in tensors:
-                pieces += [rows.reshape(-1) for rows in split_runs(x, self.runs, rank)]
+                pieces += [x[rows].reshape(-1) for rows in slices]
                 if held < self.padded:
                     pieces.append(x.new_zeros((self.padded - held) * x.shape[1:].numel()))
         return torch.cat(pieces) if pieces else tensors[0].new_empty(0)

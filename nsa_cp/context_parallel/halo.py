@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from nsa_cp.context_parallel.layout import SequenceLayout
-from nsa_cp.context_parallel.runs import find_runs, join_runs, split_runs
+from nsa_cp.context_parallel.runs import find_runs, join_runs, slices_from
 from nsa_cp.context_parallel.transfer import PeerExchange
 
 
@@ -40,6 +40,7 @@ class HaloRows:
         self.buffer_rows = np.sort(merged)
         self.num_own, self.num_received = len(layout.local_rows), len(self.arrival)
         self.runs = find_runs(order >= self.num_own, np.where(order >= self.num_own, order - self.num_own, order))
+        self._slices = None if self.runs is None else [slices_from(self.runs, source) for source in (0, 1)]
         self.send: tuple[torch.Tensor, ...] = tuple(
             torch.from_numpy(_rows_sent(layout, depth, destination)) for destination in range(layout.cp_size)
         )
@@ -75,7 +76,7 @@ class HaloRows:
         if self.runs is None:
             rows = torch.empty_like(buffer).index_copy_(0, self.order, buffer)
             return rows[: self.num_own], rows[self.num_own :]
-        own, received = (torch.cat([buffer[:0], *split_runs(buffer, self.runs, source)]) for source in (0, 1))
+        own, received = (torch.cat([buffer[:0], *(buffer[rows] for rows in slices)]) for slices in self._slices)
         return own, received
 
 

@@ -32,8 +32,8 @@ def join_runs(sources: Sequence[torch.Tensor], runs: Sequence[Run]) -> torch.Ten
     return torch.cat(pieces) if pieces else sources[0][:0]
 
 
-def split_runs(target: torch.Tensor, runs: Sequence[Run], source: int) -> list[torch.Tensor]:
-    """Views of the target's rows that came from ``source``, in the order of their rows there."""
+def slices_from(runs: Sequence[Run], source: int) -> list[slice]:
+    """Where the target's rows that came from ``source`` stand, in the order of their rows there."""
     starts = np.cumsum([0, *(count for _, _, count in runs)]).tolist()
     found = sorted((first, start, count) for start, (origin, first, count) in zip(starts, runs, strict=False) if origin == source)
-    return [target[start : start + count] for _, start, count in found]
+    return [slice(start, start + count) for _, start, count in found]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from nsa_cp.ops.gating import BranchStatistics
-from nsa_cp.ops.interval_attention import interval_attention_backward
+from nsa_cp.ops.interval_attention import AttentionGradients, interval_attention_backward
 from nsa_cp.ops.intervals import Intervals
 from nsa_cp.ops.plan import NSAPlan
 from nsa_cp.ops.selected import selected_attention_backward
@@ -23,6 +23,27 @@ class Branch(NamedTuple):
     statistics: BranchStatistics
 
 
+class ChosenBlocks:
+    """The chosen blocks and, for the Triton kernels, the queries that chose each: sorted once for all groups.
+
+    Args:
+        blocks: int32 [T, G, n].
+    """
+
+    def __init__(self, blocks: torch.Tensor, plan: NSAPlan, backend: str) -> None:
+        self.blocks, self.visitors, self.base_group = blocks, None, 0
+        if backend == "triton" and blocks.numel():
+            from nsa_cp.kernels.selected_attention.unions import find_visitors
+
+            self.visitors = find_visitors(blocks, plan.block_base, plan.block_start.shape[0])
+
+    def of(self, groups: slice) -> ChosenBlocks:
+        """Those of a slice of groups."""
+        part = object.__new__(ChosenBlocks)
+        part.blocks, part.visitors, part.base_group = self.blocks[:, groups], self.visitors, self.base_group + groups.start
+        return part
+
+
 class BranchesBackward:
     """Gradients of the gated sum of the branches, whose gates are part of the statistics.
 
@@ -31,11 +52,10 @@ class BranchesBackward:
 
     Args:
         q: [T, N, Dk]. grad: [T, N, Dv], gradient of the gated sum.
-        blocks: int32 [T, G, n], the chosen blocks.
     """
 
-    def __init__(self, q: torch.Tensor, grad: torch.Tensor, blocks: torch.Tensor, plan: NSAPlan, backend: str) -> None:
-        self.q, self.grad, self.blocks, self.plan, self.backend = q, grad, blocks, plan, backend
+    def __init__(self, q: torch.Tensor, grad: torch.Tensor, chosen: ChosenBlocks, plan: NSAPlan, backend: str) -> None:
+        self.q, self.grad, self.chosen, self.plan, self.backend = q, grad, chosen, plan, backend
         self.branches: list[Branch] = []
         # The torch path's sum over the branches so far.
         self.dq: torch.Tensor | None = None
@@ -51,18 +71,15 @@ class BranchesBackward:
     def selected(self, branch: Branch) -> KeyGradients:
         """dk, dv of the whole sequence."""
         self.branches.append(branch)
-        plan = self.plan
+        plan, chosen = self.plan, self.chosen
         if self.backend == "triton":
             from nsa_cp.kernels.selected_attention.backward import selected_attention_backward_dkv as kernel
 
-            tables = (plan.position, plan.key_start, plan.block_start, plan.block_base)
-            size = plan.config.select_block_size
-            return kernel(self.q, branch.k, branch.v, self.grad, *branch.statistics, self.blocks, *tables, size, self._scale)
+            tables = (chosen.visitors, plan.position, plan.key_start, plan.block_start, plan.config.select_block_size)
+            inputs = (self.q, branch.k, branch.v, self.grad, *branch.statistics)
+            return kernel(*inputs, *tables, self._scale, base_group=chosen.base_group)
         k, v, statistics = branch
-        self.dq, *gradients = selected_attention_backward(
-            self.q, k, v, self.grad, statistics, self.blocks, plan, self.backend, self.dq
-        )
-        return tuple(gradients)
+        return self._add(selected_attention_backward(self.q, k, v, self.grad, statistics, chosen.blocks, plan, self.backend))
 
     def query_gradients(self, out: torch.Tensor) -> None:
         """Write dq of all branches to ``out`` [T, N, Dk], in its dtype; called last."""
@@ -75,7 +92,7 @@ class BranchesBackward:
         plan = self.plan
         window, compressed, selected = (kernel.Branch(b.k, b.v, *b.statistics) for b in self.branches)
         ranges = (plan.window_intervals.of_queries, plan.compressed_intervals.of_queries)
-        tables = (self.blocks, plan.position, plan.key_start, plan.config.select_block_size)
+        tables = (self.chosen.blocks, plan.position, plan.key_start, plan.config.select_block_size)
         kernel.query_gradients(self.q, self.grad, window, compressed, selected, *ranges, *tables, self._scale, out=out)
 
     @property
@@ -89,5 +106,9 @@ class BranchesBackward:
 
             return kernel(self.q, branch.k, branch.v, self.grad, *branch.statistics, *intervals.of_keys, self._scale)
         k, v, statistics = branch
-        self.dq, *gradients = interval_attention_backward(self.q, k, v, self.grad, statistics, intervals, self.backend, self.dq)
-        return tuple(gradients)
+        return self._add(interval_attention_backward(self.q, k, v, self.grad, statistics, intervals, self.backend))
+
+    def _add(self, gradients: AttentionGradients) -> KeyGradients:
+        dq, dk, dv = gradients
+        self.dq = dq if self.dq is None else self.dq.add_(dq)
+        return dk, dv

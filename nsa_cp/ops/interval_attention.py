@@ -68,23 +68,20 @@ def interval_attention_backward(
     statistics: BranchStatistics,
     intervals: Intervals,
     backend: str,
-    dq: torch.Tensor | None = None,
 ) -> AttentionGradients:
     """Gradients of :func:`interval_attention_forward`.
 
     Args:
         grad: upstream gradient [T, N, Dv] before the gate: the branch's own is ``gate * grad``, which is never formed.
         statistics: of the branch, over **all** keys of the query, also those of other buffers.
-        dq: accumulated into when given.
     """
     if backend == "triton":
         from nsa_cp.kernels.interval_attention.backward import interval_attention_backward as kernel
 
         bounds = (*intervals.of_queries, *intervals.of_keys)
-        return AttentionGradients(*kernel(q, k, v, grad, *statistics, *bounds, q.shape[-1] ** -0.5, dq=dq))
+        return AttentionGradients(*kernel(q, k, v, grad, *statistics, *bounds, q.shape[-1] ** -0.5))
     (shift, delta), accumulator, scale = statistics, accumulator_dtype(q), q.shape[-1] ** -0.5
-    dq = torch.zeros_like(q, dtype=accumulator) if dq is None else dq
-    dk, dv = torch.zeros_like(k, dtype=accumulator), torch.zeros_like(v, dtype=accumulator)
+    dq, dk, dv = (torch.zeros_like(x, dtype=accumulator) for x in (q, k, v))
     groups = k.shape[1]
     for rows, keys, hidden in _chunks(intervals, q):
         if keys.start == keys.stop:

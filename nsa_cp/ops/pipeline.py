@@ -28,11 +28,11 @@ from nsa_cp.context_parallel import (
     start_agreement,
 )
 from nsa_cp.context_parallel.autograd import exact_backward, exact_forward
-from nsa_cp.ops.branches import Branch, BranchesBackward
+from nsa_cp.ops.branches import Branch, BranchesBackward, ChosenBlocks
 from nsa_cp.ops.checks import check_heads, check_rows
 from nsa_cp.ops.compression import CompressorWeights, check_compressor_weights, compress
 from nsa_cp.ops.dispatch import accumulator_dtype, resolve_backend
-from nsa_cp.ops.gating import BranchStatistics, combine_forward, gate_gradients, row_statistics, split_statistics
+from nsa_cp.ops.gating import combine_forward, gate_gradients, row_statistics, split_statistics
 from nsa_cp.ops.interval_attention import interval_attention_forward, merge_attention
 from nsa_cp.ops.plan import NSAPlan, get_plan
 from nsa_cp.ops.rope import apply_rope, rotary_tables
@@ -190,6 +190,7 @@ class _Branches(torch.autograd.Function):
         plan = call.plan
         halo = call.halo_exchange()
         halo.start([k_cmp, v_cmp, k_win, v_win])
+        chosen = ChosenBlocks(blocks, plan, call.backend)
         k_buffer, v_buffer, k_window, v_window = halo.wait()
         compression = _RecomputedCompression(call, k_buffer, v_buffer, weights)
         gathered = RowGather(compression.outputs, plan.compressed_partition, call.group)
@@ -200,8 +201,9 @@ class _Branches(torch.autograd.Function):
         arrived: list[tuple[Sequence[torch.Tensor], ...]] = []
         for groups, raw_part in raw:
             heads = call.heads_of(groups)
-            cmp, slc, win = (BranchStatistics(*(x[:, heads] for x in branch)) for branch in split_statistics(statistics))
-            backward = BranchesBackward(q[:, heads], grad[:, heads], blocks[:, groups], plan, call.backend)
+            # One copy for a slice of heads, which otherwise every kernel would make of its own.
+            cmp, slc, win = split_statistics(statistics[..., heads].contiguous())
+            backward = BranchesBackward(q[:, heads], grad[:, heads], chosen.of(groups), plan, call.backend)
             # What is awaited last is used last.
             d_win = backward.window(Branch(k_window[:, groups], v_window[:, groups], win))
             if k_whole is None:

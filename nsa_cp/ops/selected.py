@@ -52,7 +52,6 @@ def selected_attention_backward(
     blocks: torch.Tensor,
     plan: NSAPlan,
     backend: str,
-    dq: torch.Tensor | None = None,
 ) -> AttentionGradients:
     """Gradients of :func:`selected_attention_forward`; conventions of ``interval_attention_backward``."""
     if backend == "triton":
@@ -60,10 +59,10 @@ def selected_attention_backward(
 
         tables = (plan.position, plan.key_start, plan.block_start, plan.block_base)
         size = plan.config.select_block_size
-        return AttentionGradients(*kernel(q, k, v, grad, *statistics, blocks, *tables, size, q.shape[-1] ** -0.5, dq=dq))
+        return AttentionGradients(*kernel(q, k, v, grad, *statistics, blocks, *tables, size, q.shape[-1] ** -0.5))
     (shift, delta), accumulator, scale = statistics, accumulator_dtype(q), q.shape[-1] ** -0.5
     groups = k.shape[1]
-    dq = torch.zeros_like(q, dtype=accumulator) if dq is None else dq
+    dq = torch.zeros_like(q, dtype=accumulator)
     dk = torch.zeros(k.shape[0] * groups, k.shape[2], dtype=accumulator, device=k.device)
     dv = torch.zeros(v.shape[0] * groups, v.shape[2], dtype=accumulator, device=v.device)
     for rows, keys, hidden in _chunks(q, k, blocks, plan):

@@ -11,7 +11,7 @@ import torch
 from nsa_cp.config import NSAConfig, RotaryConfig
 from nsa_cp.context_parallel import SequenceLayout
 from nsa_cp.ops import compress_kv, native_sparse_attention, select_blocks
-from nsa_cp.ops.branches import Branch, BranchesBackward
+from nsa_cp.ops.branches import Branch, BranchesBackward, ChosenBlocks
 from nsa_cp.ops.gating import row_statistics, split_statistics
 from nsa_cp.ops.interval_attention import interval_attention_forward
 from nsa_cp.ops.plan import NSAPlan, get_plan
@@ -180,7 +180,7 @@ def _branches(problem: AttentionProblem, plan: NSAPlan) -> dict[str, torch.Tenso
     results["selected"] = selected_attention_forward(q, k, v, blocks, plan, "triton")
     outs, lses = ([results[name][i] for name in held] for i in range(2))
     statistics = dict(zip(held, split_statistics(row_statistics(grad, outs, lses, gates, "triton")), strict=True))
-    backward, dq = BranchesBackward(q, grad, blocks, plan, "triton"), torch.empty_like(q)
+    backward, dq = BranchesBackward(q, grad, ChosenBlocks(blocks, plan, "triton"), plan, "triton"), torch.empty_like(q)
     gradients = {
         name: getattr(backward, name)(Branch(*held[name], statistics[name])) for name in ("window", "compressed", "selected")
     }
