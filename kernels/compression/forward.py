@@ -2,6 +2,9 @@
 
 The blocks overlap, so they are never laid out: the product of a flattened block with its weights walks the l * D channels
 in steps and reads each block's rows where they are. The position encoding adds a constant to that product.
+
+All products of compressed tokens are taken here, none by a library that picks its kernel by the number of rows: a compressed
+token has the same bits on every rank and in every split of the sequence, and with it the choice of blocks.
 """
 
 from __future__ import annotations
@@ -92,11 +95,11 @@ def check_compressor(weights: Sequence[torch.Tensor], block_size: int, groups: i
         )
 
 
-def block_product(x: torch.Tensor, starts: torch.Tensor, position: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def block_product(x: torch.Tensor, starts: torch.Tensor, position: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
     """``flatten(x[starts[c] : starts[c] + l] + position) @ weight``, float32.
 
     Args:
-        x: [M, G, D]. starts: int32 [C]. position: [G, l, D]. weight: [G, l*D, F].
+        x: [M, G, D]. starts: int32 [C]. position: [G, l, D], None for zeros. weight: [G, l*D, F].
 
     Returns:
         [C, G, F].
@@ -104,7 +107,10 @@ def block_product(x: torch.Tensor, starts: torch.Tensor, position: torch.Tensor,
     groups, total, out_width = weight.shape
     blocks = starts.shape[0]
     out = torch.empty(blocks, groups, out_width, dtype=torch.float32, device=x.device)
-    bias = torch.bmm(position.reshape(groups, 1, total).float(), weight.float())
+    if position is None:
+        bias = torch.zeros(groups, out_width, dtype=torch.float32, device=x.device)
+    else:
+        bias = torch.bmm(position.reshape(groups, 1, total).float(), weight.float())
     programs = triton.cdiv(blocks, TILE_BLOCKS) * groups * triton.cdiv(out_width, TILE_OUT)
     block_product_kernel[(programs,)](
         x, starts, weight.to(x.dtype).contiguous(), bias, out, *x.stride()[:2], blocks,
@@ -159,6 +165,7 @@ def compress_forward(
     product = block_product(x, starts, *weights[:2])
     if len(weights) == 2:
         return product.to(x.dtype), None
-    activated = F.silu(product).to(x.dtype).transpose(0, 1)
-    added = torch.bmm(activated, weights[2].to(x.dtype)).transpose(0, 1).contiguous()
+    # The second product sees blocks of a single row.
+    every_row = torch.arange(starts.shape[0], dtype=torch.int32, device=x.device)
+    added = block_product(F.silu(product).to(x.dtype), every_row, None, weights[2])
     return block_mean(x, starts, block_size, added), product

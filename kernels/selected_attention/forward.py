@@ -160,6 +160,7 @@ def selected_attention_forward(
     block_size: int,
     scale: float,
     *,
+    out: torch.Tensor | None = None,
     config: TileConfig | None = None,
     bulk: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -173,6 +174,7 @@ def selected_attention_forward(
         key_start: int32 [T], key row at which the query's document starts.
         block_size: l', tokens of a block.
         scale: positive factor of the scores.
+        out: [T, N, Dv] to write to, channels contiguous, in place of a new tensor.
         config: tile shape instead of the table's.
         bulk: fetch keys and values by the copy engine, instead of where it can.
 
@@ -187,7 +189,9 @@ def selected_attention_forward(
     heads = check_heads(num_heads, groups)
     if scale <= 0:
         raise ValueError(f"scale = {scale} must be positive")
-    out = torch.empty(tokens, num_heads, dv, dtype=q.dtype, device=q.device)
+    out = torch.empty(tokens, num_heads, dv, dtype=q.dtype, device=q.device) if out is None else out
+    if tuple(out.shape) != (tokens, num_heads, dv) or out.stride(-1) != 1:
+        raise ValueError(f"out {tuple(out.shape)} must have the shape {(tokens, num_heads, dv)} and contiguous channels")
     lse = torch.empty(tokens, num_heads, dtype=torch.float32, device=q.device)
     if tokens == 0:
         return out, lse

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from nsa_cp.bench.context_parallel import Settings
 from nsa_cp.bench.inputs import AttentionInputs, make_inputs
 from nsa_cp.context_parallel import SequenceLayout
-from nsa_cp.ops import native_sparse_attention
+from nsa_cp.ops import initial_compressor_weights, native_sparse_attention
 
 # Largest relative difference from one GPU's answer that rounding explains, by the bytes of an element.
 TOLERANCE = {2: 2e-2, 4: 1e-4, 8: 1e-10}
@@ -19,18 +20,31 @@ TOLERANCE = {2: 2e-2, 4: 1e-4, 8: 1e-10}
 
 class Check(NamedTuple):
     """Over all ranks: selections (token and group) that differ from one GPU's, of how many, and the largest relative
-    difference of the outputs and of the gradients from one GPU's (Frobenius norms a rank's rows)."""
+    differences from one GPU's (Frobenius norms): of the outputs and of the gradients of tokens, a rank's rows each, and of the
+    gradients of a compressor's parameters, summed over the ranks."""
 
     differing: int
     selections: int
     out_error: float
     gradient_error: float
+    weight_error: float
     tolerance: float
 
     @property
     def passed(self) -> bool:
-        """No selection differs, and both errors are within the tolerance (NaN never is)."""
-        return self.differing == 0 and self.out_error <= self.tolerance and self.gradient_error <= self.tolerance
+        """No selection differs, and all errors are within the tolerance (NaN never is)."""
+        errors = (self.out_error, self.gradient_error, self.weight_error)
+        return self.differing == 0 and all(error <= self.tolerance for error in errors)
+
+
+class _Answers(NamedTuple):
+    """Blocks [T, G, n], output [T, N, Dv], gradients of what belongs to tokens, [T, ...] each, and those of the parameters of
+    the compressors of k and v, one float64 vector each (none without parameters)."""
+
+    blocks: torch.Tensor
+    out: torch.Tensor
+    gradients: list[torch.Tensor]
+    weight_gradients: list[torch.Tensor]
 
 
 def check_against_one_gpu(seq_len: int, settings: Settings) -> Check | None:
@@ -46,28 +60,51 @@ def check_against_one_gpu(seq_len: int, settings: Settings) -> Check | None:
         return None
     group = settings.group
     layout = SequenceLayout.build(seq_len, cp_size=group.size(), cp_rank=group.rank(), kind=settings.config.layout)
-    blocks, *expected = (layout.shard(x) for x in alone)
+    expected = _Answers(
+        layout.shard(alone.blocks), layout.shard(alone.out), [layout.shard(x) for x in alone.gradients], alone.weight_gradients
+    )
     del alone
-    own_blocks, *own = _solve(_shard(_whole(seq_len, settings), layout), seq_len, settings, layout)
-    differing = (own_blocks != blocks).any(-1)
-    errors = [_relative_error(x, y) for x, y in zip(own, expected, strict=True)]
+    own = _solve(_shard(_whole(seq_len, settings), layout), seq_len, settings, layout)
+    for partial in own.weight_gradients:
+        # Every rank has the part of its own compressed tokens.
+        dist.all_reduce(partial, group=group)
+    differing = (own.blocks != expected.blocks).any(-1)
+    errors = [
+        _relative_error([own.out], [expected.out]),
+        _relative_error(own.gradients, expected.gradients),
+        _relative_error(own.weight_gradients, expected.weight_gradients),
+    ]
     counts = torch.tensor([int(differing.sum()), differing.numel()], device=settings.device)
-    finite = [error if error == error else float("inf") for error in errors]
-    worst = torch.tensor([finite[0], max(finite[1:])], dtype=torch.float64, device=settings.device)
+    worst = torch.tensor(errors, dtype=torch.float64, device=settings.device)
     dist.all_reduce(counts, group=group)
     dist.all_reduce(worst, dist.ReduceOp.MAX, group=group)
     return Check(*counts.tolist(), *worst.tolist(), TOLERANCE[settings.dtype.itemsize])
 
 
-def _relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """‖actual - expected‖ / ‖expected‖, summed in float64 where the tensors lie."""
-    difference = torch.linalg.vector_norm(actual.float() - expected.float(), dtype=torch.float64)
-    return float(difference / torch.linalg.vector_norm(expected, dtype=torch.float64))
+def _relative_error(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """The largest ‖actual - expected‖ / ‖expected‖ of the pairs, summed in float64 where they lie; inf for NaN, 0 of none."""
+    errors = [0.0]
+    for x, y in zip(actual, expected, strict=True):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        difference = torch.linalg.vector_norm(x.to(wide) - y.to(wide), dtype=torch.float64)
+        error = float(difference / torch.linalg.vector_norm(y, dtype=torch.float64))
+        errors.append(error if error == error else float("inf"))
+    return max(errors)
 
 
 def _whole(seq_len: int, settings: Settings) -> AttentionInputs:
     """The same on every rank."""
-    return make_inputs(settings.config, settings.heads, seq_len, "random", seed=0, device=settings.device, dtype=settings.dtype)
+    config, heads, device, dtype = settings.config, settings.heads, settings.device, settings.dtype
+    x = make_inputs(config, heads, seq_len, "random", seed=0, device=device, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+
+    def weights(dim: int) -> tuple[torch.Tensor, ...]:
+        # Not the initial ones: with those of ``mlp`` all gradients but the last layer's are 0.
+        initial = initial_compressor_weights(config, heads.num_groups, dim, generator)
+        noisy = [w + 0.25 * w.shape[-2] ** -0.5 * torch.randn(w.shape, generator=generator) for w in initial]
+        return tuple(w.to(device, dtype).requires_grad_() for w in noisy)
+
+    return replace(x, k_weights=weights(heads.qk_dim), v_weights=weights(heads.v_dim))
 
 
 def _shard(x: AttentionInputs, layout: SequenceLayout) -> AttentionInputs:
@@ -79,12 +116,17 @@ def _shard(x: AttentionInputs, layout: SequenceLayout) -> AttentionInputs:
     )
 
 
-def _solve(x: AttentionInputs, seq_len: int, settings: Settings, layout: SequenceLayout | None) -> list[torch.Tensor]:
-    """Blocks, output, and the gradients that belong to tokens."""
+def _solve(x: AttentionInputs, seq_len: int, settings: Settings, layout: SequenceLayout | None) -> _Answers:
     group = None if layout is None else settings.group
     layout = layout or SequenceLayout.build(seq_len, kind=settings.config.layout)
     result = native_sparse_attention(
         x.q, x.k, x.v, x.gates, x.k_weights, x.v_weights, settings.config, layout=layout, group=group
     )
-    gradients = torch.autograd.grad(result.out, [x.q, *x.k, *x.v, x.gates], x.grad)
-    return [result.blocks, result.out.detach(), *gradients]
+    tokens = [x.q, *x.k, *x.v, x.gates]
+    gradients = list(torch.autograd.grad(result.out, [*tokens, *x.k_weights, *x.v_weights], x.grad))
+    first_k, first_v = len(tokens), len(tokens) + len(x.k_weights)
+    # One vector a compressor: of some parameters alone (a key's position under ``linear``, which moves all scores of a query
+    # alike) the gradient is nothing but rounding.
+    by_compressor = [part for part in (gradients[first_k:first_v], gradients[first_v:]) if part]
+    weight_gradients = [torch.cat([g.flatten().double() for g in part]) for part in by_compressor]
+    return _Answers(result.blocks, result.out.detach(), gradients[:first_k], weight_gradients)

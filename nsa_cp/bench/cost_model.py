@@ -1,8 +1,11 @@
 """``nsa-cp bench cost-model``: step time, exposed communication and memory of context parallelism, predicted.
 
 In go kernel times measured on one GPU (:class:`KernelTimes`, from ``docs/benchmarks``) and times of transfers measured between
-two (:class:`Link`). The forward and the backward of ``ops/pipeline.py`` are then played on two lanes, kernels and transfers:
-a transfer starts when its input is there and the transfer before it has ended; kernels wait where the pipeline waits.
+two (:class:`Link`). The forward and the backward of ``ops/pipeline.py`` are then played, step by step, on two lanes, kernels and
+transfers: a transfer starts when its input is there and the transfer before it has ended; kernels wait where the pipeline waits.
+
+Assumed and not measured: ``Link.step_ms``, the network's latency, ``KernelTimes.copy_bytes_per_ms``, ``SORTED_BYTES`` and, until
+it is measured, ``AGREEMENT_STEP_MS``. Launches are not modelled, nor kernels that run slower beside a transfer.
 """
 
 from __future__ import annotations
@@ -19,8 +22,16 @@ MIB = float(1 << 20)
 GIB = float(1 << 30)
 # Kernel times are functions of x = tokens / UNIT.
 UNIT = 65536
-LINEAR = ("compression", "selected", "window", "gating")
+LINEAR = ("compression", "recompression", "selected", "window", "gating")
 QUADRATIC = ("compressed", "selection")
+# What dq takes of the branches' backward: 32.5 of 66.3 ms, profiled in the whole at 64k, 64/4 heads of 128 (docs/kernels.md).
+QUERY_GRADIENT_SHARE = 0.49
+# Bytes that sorting the chosen blocks moves a block: four radix passes over an int32 key and an int64 place, read and written,
+# and about as much as half of that to make the keys and divide the places. Counted, not measured.
+SORTED_BYTES = 150
+# The hosts' agreement is gloo's all-gather, a ring of cp - 1 messages one after the other: milliseconds of each. An assumption,
+# the network's latency; ``--agreement-step-ms`` takes a measured one.
+AGREEMENT_STEP_MS = 0.05
 
 
 @dataclass(frozen=True)
@@ -68,7 +79,8 @@ NETWORK = Link.of_rate(50, latency_ms=0.05, step_ms=0.006)
 class KernelTimes:
     """Milliseconds of each (pass, stage) on one GPU for a sequence of UNIT tokens, and how one GPU's peak memory grows.
 
-    A stage of LINEAR takes ms * x for x * UNIT tokens, one of QUADRATIC ms * x**2.
+    A stage of LINEAR takes ms * x for x * UNIT tokens, one of QUADRATIC ms * x**2. The stage ``recompression`` is the
+    compressor's forward run again in the backward, part of one GPU's backward too.
 
     Attributes:
         bytes_per_token: of one GPU's peak, forward and backward, inputs and gradients included; by pass.
@@ -90,7 +102,7 @@ class KernelTimes:
 
 
 class Prediction(NamedTuple):
-    """Of the slowest rank: ms, of that ms in which its kernels wait for transfers, one GPU's time / cp / ms, and peak GiB."""
+    """Of the slowest rank: ms, of that ms in which it waits for transfers or hosts, one GPU's time / cp / ms, and peak GiB."""
 
     ms: float
     exposed_ms: float
@@ -171,7 +183,7 @@ class _Lanes:
         return self.transfers_free
 
     def wait(self, end: float) -> None:
-        """Kernels need a transfer that ends then."""
+        """What follows needs something that ends then."""
         self.exposed += max(0.0, end - self.now)
         self.now = max(self.now, end)
 
@@ -184,12 +196,16 @@ class CostModel:
         kernels: one GPU's times. link: between ranks.
         config: block sizes, the layout and how compressed tokens travel.
         itemsize: bytes of an element of q, k and v.
+        agreement_step_ms: of the hosts' agreement for every rank beyond one.
+        new_layout: the call is the first with its layout, and the hosts agree before anything is sent.
     """
 
     kernels: KernelTimes
     link: Link
     config: NSAConfig = NSAConfig()
     itemsize: int = 2
+    agreement_step_ms: float = AGREEMENT_STEP_MS
+    new_layout: bool = False
 
     def predict(self, pass_: str, tokens: int, cp: int) -> Prediction:
         """The ``forward`` or ``backward`` of a sequence of ``tokens`` over ``cp`` >= 2 ranks."""
@@ -200,63 +216,103 @@ class CostModel:
         return Prediction(lanes.now, lanes.exposed, alone / cp / lanes.now, self.peak_gib(pass_, tokens, cp))
 
     def _forward(self, lanes: _Lanes, tokens: int, cp: int) -> None:
-        lanes.wait(lanes.issue("exchange", self._halo_bytes(cp)))
+        """``_Branches.forward``, then ``_GatedSum.forward``."""
+        groups, ring = self.kernels.heads.num_groups, self.config.compressed_comm == "ring"
+        raw, compressed = self._raw_bytes(tokens), self._compressed_bytes(tokens)
+        # The hosts start to compare layouts. A new one they settle first, the answer to a known one is looked at in the end.
+        agreed = self.agreement_step_ms * (cp - 1)
+        if self.new_layout:
+            lanes.wait(agreed)
+        # Halo rows of compression and window; nothing can be computed before they are there.
+        self._fetch_halo(lanes, tokens, cp)
         lanes.compute(self._kernel("forward", "compression", tokens, cp))
-        ring = self.config.compressed_comm == "ring"
-        compressed = 0.0 if ring else lanes.issue("all_gather", self._compressed_bytes(tokens) * (cp - 1) / cp)
-        raw = self._issue_raw(lanes, tokens, cp)
+        # The compressed tokens set out, to all ranks or to the next one, and behind them the first group's raw rows.
+        tokens_there = self._pass_on(lanes, compressed / cp) if ring else self._gather(lanes, compressed, cp)
+        raw_there = self._gather(lanes, raw, cp)
+        # The window computes while they travel.
         lanes.compute(self._kernel("forward", "window", tokens, cp))
-        lanes.wait(compressed)
         if ring:
-            self._ring(lanes, tokens, cp)
+            self._compressed_by_shards(lanes, tokens_there, tokens, cp)
         else:
+            self._arrive(lanes, tokens_there, compressed)
             lanes.compute(self._kernel("forward", "compressed", tokens, cp))
+        # All compressed keys are there: the choice of blocks needs no transfer.
         lanes.compute(self._kernel("forward", "selection", tokens, cp))
-        groups = self.kernels.heads.num_groups
+        out = self.itemsize * tokens / cp * self.kernels.heads.num_heads * self.kernels.heads.v_dim
         for group in range(groups):
-            following = self._issue_raw(lanes, tokens, cp) if group + 1 < groups else 0.0
-            lanes.wait(raw)
-            lanes.compute(self._copy(2 * self._raw_bytes(tokens)))
+            # The next group's rows set out before this one's are awaited.
+            following = self._gather(lanes, raw, cp) if group + 1 < groups else 0.0
+            self._arrive(lanes, raw_there, raw)
             lanes.compute(self._kernel("forward", "selected", tokens, cp) / groups)
-            raw = following
+            # Of several groups each one's output is put in its place.
+            lanes.compute(self._copy(2 * out / groups if groups > 1 else 0.0))
+            raw_there = following
         lanes.compute(self._kernel("forward", "gating", tokens, cp))
+        # All kernels are queued, so the hosts' answer delays the call only if these have ended before it is there.
+        lanes.wait(agreed)
 
-    def _ring(self, lanes: _Lanes, tokens: int, cp: int) -> None:
-        """Compressed attention shard by shard, each merged into a float32 output, and scoring's own normaliser."""
-        heads, compressed = self.kernels.heads, self._kernel("forward", "compressed", tokens, cp)
-        # A merge reads and writes output, part and weighted sums: about eight passes over the float32 output.
-        merge = self._copy(8 * 4 * tokens / cp * heads.num_heads * heads.v_dim)
-        for shard in range(cp):
-            arrival = lanes.issue("exchange", self._compressed_bytes(tokens) / cp) if shard + 1 < cp else 0.0
-            lanes.compute(compressed / cp + merge)
-            lanes.wait(arrival)
-        lanes.compute(compressed * heads.qk_dim / (heads.qk_dim + heads.v_dim))
+    def _compressed_by_shards(self, lanes: _Lanes, arrival: float, tokens: int, cp: int) -> None:
+        """The ring: compressed attention shard by shard, each merged into a float32 output, and scoring's own normaliser."""
+        heads, kernel = self.kernels.heads, self._kernel("forward", "compressed", tokens, cp)
+        shard = self._compressed_bytes(tokens) / cp
+        elements = tokens / cp * heads.num_heads * heads.v_dim
+        for number in range(cp):
+            if number > 0:
+                # The next rank's shard is awaited and, but for the last, sent on before it is computed on.
+                lanes.wait(arrival)
+                arrival = self._pass_on(lanes, shard) if number + 1 < cp else 0.0
+            # Its keys go to the buffer that scoring reads.
+            lanes.compute(self._copy(2 * shard * heads.qk_dim / (heads.qk_dim + heads.v_dim)))
+            # A merge scales the output (8 bytes an element), weights the part (4 and its own) and adds it (12).
+            lanes.compute(kernel / cp + self._copy((24 + self.itemsize) * elements))
+        # The output is zeroed before and rounded after.
+        lanes.compute(self._copy((8 + self.itemsize) * elements))
+        lanes.compute(kernel * heads.qk_dim / (heads.qk_dim + heads.v_dim))
 
     def _backward(self, lanes: _Lanes, tokens: int, cp: int) -> None:
-        halo = lanes.issue("exchange", self._halo_bytes(cp))
+        """``_GatedSum.backward``, then ``_Branches.backward``."""
+        groups = self.kernels.heads.num_groups
+        raw, compressed = self._raw_bytes(tokens), self._compressed_bytes(tokens)
+        branches = {stage: self._kernel("backward", stage, tokens, cp) / groups for stage in ("window", "compressed", "selected")}
+        dkv = {stage: (1 - QUERY_GRADIENT_SHARE) * ms for stage, ms in branches.items()}
+        # Part of the selected branch's dk, dv, but done for all groups at once.
+        picks = tokens / cp * groups * self.config.num_selected_blocks
+        sorting = min(self._copy(SORTED_BYTES * picks), groups * dkv["selected"])
+        # Row sums and the gates' gradient come before the branches' backward begins.
         lanes.compute(self._kernel("backward", "gating", tokens, cp))
-        lanes.wait(halo)
-        lanes.compute(self._kernel("forward", "compression", tokens, cp))
-        compressed = lanes.issue("all_gather", self._compressed_bytes(tokens) * (cp - 1) / cp)
-        raw = self._issue_raw(lanes, tokens, cp)
-        lanes.wait(compressed)
-        groups, sums = self.kernels.heads.num_groups, 0.0
-        stages = ("window", "compressed", "selected")
+        # Halo rows once more, while the chosen blocks are sorted.
+        self._fetch_halo(lanes, tokens, cp, meanwhile=sorting)
+        # The compressor runs again; its tokens and, behind them, the first group's raw rows set out.
+        lanes.compute(self._kernel("backward", "recompression", tokens, cp))
+        tokens_there = self._gather(lanes, compressed, cp)
+        raw_there = self._gather(lanes, raw, cp)
+        summed = 0.0
         for group in range(groups):
-            following = self._issue_raw(lanes, tokens, cp) if group + 1 < groups else 0.0
-            lanes.wait(raw)
-            lanes.compute(self._copy(2 * self._raw_bytes(tokens)))
-            lanes.compute(sum(self._kernel("backward", stage, tokens, cp) for stage in stages) / groups)
-            # Gradients of the whole sequence, float32, put in rank order and summed over ranks.
-            widening = 4 / self.itemsize
-            rows = widening * (self._raw_bytes(tokens) + self._compressed_bytes(tokens) / groups)
-            lanes.compute(self._copy(2 * rows))
-            before, sums = sums, lanes.issue("reduce_scatter", rows * (cp - 1) / cp)
-            lanes.wait(before)
-            raw = following
-        lanes.wait(sums)
+            # The next group's rows set out before anything of this one.
+            following = self._gather(lanes, raw, cp) if group + 1 < groups else 0.0
+            # The window's dk, dv while compressed tokens travel.
+            lanes.compute(dkv["window"])
+            if group == 0:
+                self._arrive(lanes, tokens_there, compressed)
+            # Those of the compressed tokens, whose sums over the ranks set out while the selected branch computes.
+            lanes.compute(dkv["compressed"])
+            self._scatter(lanes, compressed / groups, cp)
+            # Those of the selected branch; their sums travel while one kernel makes dq of all branches.
+            self._arrive(lanes, raw_there, raw)
+            lanes.compute(dkv["selected"] - sorting / groups)
+            under_way = self._scatter(lanes, raw, cp)
+            lanes.compute(QUERY_GRADIENT_SHARE * sum(branches.values()))
+            # The group before must be through; this one's sums go on under the next. (The two sums end in their order.)
+            lanes.wait(summed)
+            summed, raw_there = under_way, following
+        lanes.wait(summed)
+        # Groups side by side: float32 gradients of the window's rows, and of own compressed and own selected rows.
+        joined = self._float32(2 * raw * groups + compressed) / cp
+        lanes.compute(self._copy(2 * joined if groups > 1 else 0.0))
         lanes.compute(self._kernel("backward", "compression", tokens, cp))
-        lanes.wait(lanes.issue("exchange", 4 / self.itemsize * self._halo_bytes(cp)))
+        # Gradients of halo rows, float32, are cut out of the buffers and go back; nothing is left to compute.
+        lanes.compute(self._copy(2 * self._float32(self._halo_buffers(tokens, cp))))
+        lanes.wait(lanes.issue("exchange", self._float32(self._halo_bytes(cp))))
 
     def peak_gib(self, pass_: str, tokens: int, cp: int) -> float:
         """What grows with the rank's own tokens, as measured on one GPU, and what is gathered from all."""
@@ -276,9 +332,36 @@ class CostModel:
         uneven = 2 - 1 / cp if self.config.layout == "contiguous" and stage in QUADRATIC else 1.0
         return self.kernels.at(pass_, stage, tokens) * uneven / cp
 
-    def _issue_raw(self, lanes: _Lanes, tokens: int, cp: int) -> float:
-        lanes.compute(self._copy(2 * self._raw_bytes(tokens) / cp))
-        return lanes.issue("all_gather", self._raw_bytes(tokens) * (cp - 1) / cp)
+    def _fetch_halo(self, lanes: _Lanes, tokens: int, cp: int, meanwhile: float = 0.0) -> None:
+        """Fetch halo rows, compute for ``meanwhile`` ms, merge them with the own rows. (Their packing is nothing beside that.)"""
+        arrival = lanes.issue("exchange", self._halo_bytes(cp))
+        lanes.compute(meanwhile)
+        lanes.wait(arrival)
+        lanes.compute(self._copy(2 * self._halo_buffers(tokens, cp)))
+
+    def _gather(self, lanes: _Lanes, whole: float, cp: int) -> float:
+        """Pack own rows and start an all-gather of ``whole`` bytes; returns when it ends."""
+        lanes.compute(self._copy(2 * whole / cp))
+        return lanes.issue("all_gather", whole * (cp - 1) / cp)
+
+    def _arrive(self, lanes: _Lanes, end: float, whole: float) -> None:
+        """Wait for an all-gather and put its ``whole`` bytes in global order."""
+        lanes.wait(end)
+        lanes.compute(self._copy(2 * whole))
+
+    def _scatter(self, lanes: _Lanes, whole: float, cp: int) -> float:
+        """Put float32 gradients of ``whole`` bytes of rows in rank order and start to sum them; returns when that ends."""
+        lanes.compute(self._copy(2 * self._float32(whole)))
+        return lanes.issue("reduce_scatter", self._float32(whole) * (cp - 1) / cp)
+
+    def _pass_on(self, lanes: _Lanes, shard: float) -> float:
+        """Pack a shard of compressed tokens and send it on while the one behind it comes; returns when that is there."""
+        lanes.compute(self._copy(2 * shard))
+        return lanes.issue("exchange", shard)
+
+    def _float32(self, rows: float) -> float:
+        """Bytes of float32 gradients of rows of so many bytes."""
+        return rows * 4 / self.itemsize
 
     def _copy(self, moved: float) -> float:
         return moved / self.kernels.copy_bytes_per_ms
@@ -292,7 +375,12 @@ class CostModel:
         return self._raw_bytes(tokens) * self.kernels.heads.num_groups / self.config.compress_stride
 
     def _halo_bytes(self, cp: int) -> float:
-        """What a rank with two chunks (zigzag) or one receives: window and compression rows of all groups."""
+        """What a rank with two chunks (zigzag) or one receives: window and compression rows of all groups, once if shared."""
         chunks = 2 if self.config.layout == "zigzag" and cp > 1 else 1
-        depth = max(0, self.config.window_size - 1) + self.config.compress_block_size - 1
+        depths = max(0, self.config.window_size - 1), self.config.compress_block_size - 1
+        depth = max(depths) if self.config.shared_kv else sum(depths)
         return chunks * depth * self._raw_bytes(1) * self.kernels.heads.num_groups
+
+    def _halo_buffers(self, tokens: int, cp: int) -> float:
+        """A rank's own rows of compression and of the window, which halo rows are merged with."""
+        return 2 * self._raw_bytes(tokens) * self.kernels.heads.num_groups / cp

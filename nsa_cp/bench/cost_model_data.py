@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nsa_cp.bench.context_parallel import ONE_GPU, PASSES
-from nsa_cp.bench.cost_model import UNIT, CostModel, KernelTimes, Link, fit_kernel_times
+from nsa_cp.bench.cost_model import UNIT, CostModel, KernelTimes, fit_kernel_times
 from nsa_cp.bench.inputs import HeadLayout
-from nsa_cp.config import NSAConfig
+
+_HEADS = ("num_heads", "num_groups", "qk_dim", "v_dim")
+# What is read of either file.
+ATTENTION_COLUMNS = ("seq_len", *_HEADS, "inputs", "impl", "stage", "pass", "p50_ms", "peak_gib")
+PARALLEL_COLUMNS = ("seq_len", *_HEADS, "cp", "layout", "comm", "pass", "p50_ms", "exposed_ms", "peak_gib")
 
 
 class Compared(NamedTuple):
@@ -37,11 +41,14 @@ class Compared(NamedTuple):
         return self.predicted_ms / self.measured_ms - 1
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
+def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     """The rows of a benchmark's CSV file.
 
+    Args:
+        columns: those that it must have.
+
     Raises:
-        ValueError: no such file, or a file without rows.
+        ValueError: no such file, or a file without rows or without one of the columns.
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist; make it with nsa-cp bench, or name another file")
@@ -49,6 +56,11 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         rows = list(csv.DictReader(file))
     if not rows:
         raise ValueError(f"{path} has no rows; make it again with nsa-cp bench")
+    missing = [name for name in columns if name not in rows[0]]
+    if missing:
+        raise ValueError(
+            f"{path} lacks the columns {', '.join(missing)}; is it the CSV file of another benchmark? Name the right one"
+        )
     return rows
 
 
@@ -73,6 +85,9 @@ def kernel_times(attention: Sequence[dict[str, str]], heads: HeadLayout, one_gpu
         for row in own
         if row["stage"] != "all" and int(row["seq_len"]) == nearest
     }
+    if ("forward", "compression") in stages:
+        # One GPU's backward, too, runs the compressor again.
+        stages["backward", "recompression"] = stages["forward", "compression"]
     source = [row for row in one_gpu if row["comm"] == ONE_GPU and _heads(row) == heads] or [
         r for r in own if r["stage"] == "all"
     ]
@@ -84,14 +99,17 @@ def kernel_times(attention: Sequence[dict[str, str]], heads: HeadLayout, one_gpu
     return fit_kernel_times(totals, stages, peaks, heads)
 
 
-def compare(rows: Sequence[dict[str, str]], kernels: KernelTimes, link: Link, config: NSAConfig) -> Iterator[Compared]:
-    """A prediction for every row of ``context_parallel.csv`` measured on several GPUs with the kernels' heads."""
+def compare(rows: Sequence[dict[str, str]], model: CostModel) -> Iterator[Compared]:
+    """A prediction of ``model`` for every row of ``context_parallel.csv`` measured on several GPUs with its kernels' heads.
+
+    Layout and transport are the row's. The benchmark repeats one layout, so the model's ``new_layout`` should be off.
+    """
     for row in rows:
-        if row["comm"] == ONE_GPU or _heads(row) != kernels.heads:
+        if row["comm"] == ONE_GPU or _heads(row) != model.kernels.heads:
             continue
-        settings = replace(config, layout=row["layout"], compressed_comm=row["comm"])
+        config = replace(model.config, layout=row["layout"], compressed_comm=row["comm"])
         seq_len, cp = int(row["seq_len"]), int(row["cp"])
-        predicted = CostModel(kernels, link, settings).predict(row["pass"], seq_len, cp)
+        predicted = replace(model, config=config).predict(row["pass"], seq_len, cp)
         yield Compared(
             seq_len, cp, row["layout"], row["comm"], row["pass"], float(row["p50_ms"]), predicted.ms,
             float(row["exposed_ms"]), predicted.exposed_ms, float(row["peak_gib"]), predicted.peak_gib,
@@ -110,21 +128,22 @@ def summary(compared: Sequence[Compared]) -> str:
     return "\n".join(lines)
 
 
-def prediction_table(
-    kernels: KernelTimes, links: dict[str, Link], config: NSAConfig, seq_lens: Sequence[int], sizes: Sequence[int]
-) -> str:
-    """A Markdown table: a line for each length and number of ranks that leaves a rank 1024 tokens, a pair of columns a link."""
-    heading = ["tokens", "CP", "GiB a rank", *(f"{name}: {what}" for name in links for what in ("ms", "exposed", "efficiency"))]
+def prediction_table(models: dict[str, CostModel], seq_lens: Sequence[int], sizes: Sequence[int]) -> str:
+    """A Markdown table: a line for each length and number of ranks that leaves a rank 1024 tokens, three columns a named model.
+
+    Memory is the first model's: they should differ in the link only.
+    """
+    heading = ["tokens", "CP", "GiB a rank", *(f"{name}: {what}" for name in models for what in ("ms", "exposed", "efficiency"))]
     lines = [f"| {' | '.join(heading)} |", f"|{'---|' * len(heading)}"]
     for seq_len in seq_lens:
         for cp in sizes:
             if seq_len // cp < 1024:
                 continue
             cells: list[str] = []
-            for link in links.values():
-                forward, backward = (CostModel(kernels, link, config).predict(pass_, seq_len, cp) for pass_ in PASSES)
+            for model in models.values():
+                forward, backward = (model.predict(pass_, seq_len, cp) for pass_ in PASSES)
                 exposed = (forward.exposed_ms + backward.exposed_ms) / (forward.ms + backward.ms)
-                alone = sum(kernels.total(pass_, seq_len) for pass_ in PASSES)
+                alone = sum(model.kernels.total(pass_, seq_len) for pass_ in PASSES)
                 efficiency = alone / cp / (forward.ms + backward.ms)
                 cells = cells or [f"{backward.peak_gib:.1f}"]
                 cells += [f"{forward.ms:.1f} + {backward.ms:.1f}", f"{exposed:.1%}", f"{efficiency:.0%}"]
@@ -134,4 +153,4 @@ def prediction_table(
 
 
 def _heads(row: dict[str, str]) -> HeadLayout:
-    return HeadLayout(*(int(row[name]) for name in ("num_heads", "num_groups", "qk_dim", "v_dim")))
+    return HeadLayout(*(int(row[name]) for name in _HEADS))

@@ -113,7 +113,7 @@ def make_inputs(
         return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
 
     def weights(dim: int) -> tuple[torch.Tensor, ...]:
-        initial = initial_compressor_weights(config, heads.num_groups, dim)
+        initial = initial_compressor_weights(config, heads.num_groups, dim, torch.Generator().manual_seed(seed))
         return tuple(w.to(device, dtype).requires_grad_() for w in initial)
 
     grad = normal(seq_len, heads.num_heads, heads.v_dim)

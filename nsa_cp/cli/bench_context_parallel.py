@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +16,12 @@ from nsa_cp.training.errors import UserError, as_user_error
 
 if TYPE_CHECKING:
     from nsa_cp.bench.context_parallel import Measured, Settings
+    from nsa_cp.bench.cost_model import CostModel
 
 _SETTINGS = ("compress_block_size", "compress_stride", "select_block_size", "num_selected_blocks", "window_size")
 _TORCHRUN = "torchrun --nproc-per-node 2 -m nsa_cp.cli.main bench"
+_BENCHMARKS = Path("docs/benchmarks")
+_ATTENTION_CSV, _PARALLEL_CSV = _BENCHMARKS / "attention.csv", _BENCHMARKS / "context_parallel.csv"
 
 
 def positive(text: str) -> int:
@@ -24,6 +29,32 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
     return int(text)
+
+
+def rate(text: str) -> float:
+    """An argument in units a second: finite and above 0."""
+    value = _number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0, so nothing would ever arrive; give a rate, for example 50")
+    return value
+
+
+def duration(text: str) -> float:
+    """An argument in milliseconds: finite, 0 or more."""
+    value = _number(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is less than 0; give milliseconds, for example 0.05")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number; give one, for example 0.5")
+    return value
 
 
 def add_parsers(kinds: argparse._SubParsersAction) -> None:
@@ -75,18 +106,23 @@ def _add_cost_model(kinds: argparse._SubParsersAction) -> None:
         help="predict step time, exposed communication and memory of context parallelism",
         description="Predict from kernel times measured on one GPU and measured transfers; --check compares with measurements.",
     )
-    benchmarks = Path("docs/benchmarks")
-    model.add_argument("--attention-csv", type=Path, default=benchmarks / "attention.csv", metavar="FILE")
+    model.add_argument("--attention-csv", type=Path, default=_ATTENTION_CSV, metavar="FILE")
     model.add_argument(
-        "--csv", type=Path, default=benchmarks / "context_parallel.csv", metavar="FILE",
-        help="measurements under context parallelism; those on one GPU replace the totals of --attention-csv, if there are any",
+        "--csv", type=Path, default=None, metavar="FILE",
+        help="measurements under context parallelism; those on one GPU replace the totals of --attention-csv, if there are any; "
+        f"default: {_PARALLEL_CSV}, and without --check none if that does not exist",
     )  # fmt: skip
     model.add_argument("--heads", default="64/4x128", metavar="N/GxD[/Dv]")
     model.add_argument("--layout", default="zigzag", choices=["zigzag", "contiguous"])
     model.add_argument("--comm", default="all_gather", choices=["ring", "all_gather"])
     model.add_argument("--seq-lens", type=positive, nargs="+", default=[1 << n for n in range(16, 23)], metavar="S")
     model.add_argument("--cp", type=int, nargs="+", default=[1 << n for n in range(1, 10)], metavar="CP")
-    model.add_argument("--network-gb-per-s", type=float, default=50.0, help="rate of the slow link, bytes/s / 1e9 into each rank")
+    model.add_argument("--network-gb-per-s", type=rate, default=50.0, help="rate of the slow link, bytes/s / 1e9 into each rank")
+    model.add_argument(
+        "--agreement-step-ms", type=duration, default=None, metavar="MS",
+        help="what every rank beyond one adds to the hosts' agreement; default: an assumption",
+    )  # fmt: skip
+    model.add_argument("--new-layouts", action="store_true", help="every call meets a new layout and waits for the agreement")
     model.add_argument("--check", action="store_true", help="a prediction beside every measured point of --csv, and the error")
     model.set_defaults(run=_cost_model)
 
@@ -183,8 +219,8 @@ def _check(arguments: argparse.Namespace, settings: Settings) -> int:
                     wrong += not check.passed
                     told = (
                         f"{check.differing} of {check.selections} selections differ from one GPU's; largest relative difference "
-                        f"of the output {check.out_error:.2e}, of gradients {check.gradient_error:.2e} "
-                        f"(at most {check.tolerance:.0e})"
+                        f"of the output {check.out_error:.2e}, of gradients {check.gradient_error:.2e}, of the compressors' "
+                        f"parameters, summed over ranks, {check.weight_error:.2e} (at most {check.tolerance:.0e})"
                     )
                 if settings.group.rank() == 0:
                     print(f"{seq_len:>8} cp {settings.group.size()} {kind:>10} {comm:>10} {told}", flush=True)
@@ -225,7 +261,7 @@ def _timeline(arguments: argparse.Namespace) -> int:
 
 def _cost_model(arguments: argparse.Namespace) -> int:
     from nsa_cp.bench import cost_model_data as data
-    from nsa_cp.bench.cost_model import NETWORK, NVLINK, Link
+    from nsa_cp.bench.cost_model import AGREEMENT_STEP_MS, NETWORK, NVLINK, CostModel, Link
     from nsa_cp.bench.inputs import HeadLayout
     from nsa_cp.config import NSAConfig
 
@@ -233,22 +269,45 @@ def _cost_model(arguments: argparse.Namespace) -> int:
         if min(arguments.cp) < 2:
             raise UserError(f"--cp {min(arguments.cp)} has nothing to communicate; use 2 or more")
         config = replace(NSAConfig(), layout=arguments.layout, compressed_comm=arguments.comm)
-        measured = data.read_rows(arguments.csv) if arguments.check or arguments.csv.is_file() else []
-        kernels = data.kernel_times(data.read_rows(arguments.attention_csv), HeadLayout.parse(arguments.heads), measured)
+        measured = _measurements(arguments)
+        attention = data.read_rows(arguments.attention_csv, data.ATTENTION_COLUMNS)
+        kernels = data.kernel_times(attention, HeadLayout.parse(arguments.heads), measured)
+    step = AGREEMENT_STEP_MS if arguments.agreement_step_ms is None else arguments.agreement_step_ms
+    model = CostModel(kernels, NVLINK, config, agreement_step_ms=step)
     if arguments.check:
-        compared = list(data.compare(measured, kernels, NVLINK, config))
-        if not compared:
-            raise UserError(f"{arguments.csv} has no measurement of {arguments.heads} on several GPUs; make it again")
-        for point in compared:
-            print(
-                f"{point.seq_len:>8} cp {point.cp:<3} {point.layout:>10} {point.comm:>10} {point.pass_:>8} measured "
-                f"{point.measured_ms:.2f} ms, predicted {point.predicted_ms:.2f} ({point.error:+.1%}); exposed "
-                f"{point.measured_exposed_ms:.2f}, predicted {point.predicted_exposed_ms:.2f}; memory "
-                f"{point.measured_gib:.1f} GiB, predicted {point.predicted_gib:.1f}"
-            )
-        print(data.summary(compared))
+        _check_model(arguments, measured, model)
         return 0
+    model = replace(model, new_layout=arguments.new_layouts)
     network = Link.of_rate(arguments.network_gb_per_s, NETWORK.all_gather[0][1], NETWORK.step_ms)
-    links = {"NVLink": NVLINK, f"{arguments.network_gb_per_s:g} GB/s": network}
-    print(data.prediction_table(kernels, links, config, arguments.seq_lens, arguments.cp))
+    models = {"NVLink": model, f"{arguments.network_gb_per_s:g} GB/s": replace(model, link=network)}
+    print(data.prediction_table(models, arguments.seq_lens, arguments.cp))
     return 0
+
+
+def _measurements(arguments: argparse.Namespace) -> list[dict[str, str]]:
+    """The rows of --csv; only the default file may be missing, where nothing is compared with it."""
+    from nsa_cp.bench import cost_model_data as data
+
+    if arguments.csv is None and not arguments.check and not _PARALLEL_CSV.is_file():
+        print(f"nsa-cp: {_PARALLEL_CSV} does not exist; one GPU's totals are from {arguments.attention_csv}", file=sys.stderr)
+        return []
+    return data.read_rows(arguments.csv or _PARALLEL_CSV, data.PARALLEL_COLUMNS)
+
+
+def _check_model(arguments: argparse.Namespace, measured: list[dict[str, str]], model: CostModel) -> None:
+    from nsa_cp.bench import cost_model_data as data
+
+    compared = list(data.compare(measured, model))
+    if not compared:
+        raise UserError(
+            f"{arguments.csv or _PARALLEL_CSV} has no measurement of {arguments.heads} on several GPUs; make one with "
+            f"{_TORCHRUN} context-parallel --heads {arguments.heads}"
+        )
+    for point in compared:
+        print(
+            f"{point.seq_len:>8} cp {point.cp:<3} {point.layout:>10} {point.comm:>10} {point.pass_:>8} measured "
+            f"{point.measured_ms:.2f} ms, predicted {point.predicted_ms:.2f} ({point.error:+.1%}); exposed "
+            f"{point.measured_exposed_ms:.2f}, predicted {point.predicted_exposed_ms:.2f}; memory "
+            f"{point.measured_gib:.1f} GiB, predicted {point.predicted_gib:.1f}"
+        )
+    print(data.summary(compared))

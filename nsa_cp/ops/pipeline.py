@@ -218,7 +218,10 @@ class _Branches(torch.autograd.Function):
             in_flight = [(d_win, cmp_sums, slc_sums)]
             del backward, raw_part, d_cmp, d_slc
         arrived += [(win, cmp.wait(), slc.wait()) for win, cmp, slc in in_flight]
-        d_win, d_cmp, d_slc = (_join_groups(parts) for parts in zip(*arrived, strict=True))
+        # The window's gradients still meet those of halo rows, the compressed tokens' go on into the compressor.
+        accumulator = accumulator_dtype(q)
+        dtypes = (accumulator, accumulator, q.dtype)
+        d_win, d_cmp, d_slc = (_join_groups(*each) for each in zip(zip(*arrived, strict=True), dtypes, strict=True))
         dk_buffer, dv_buffer, *dweights = compression.backward(d_cmp)
         halo.start_return([dk_buffer, dv_buffer, *d_win])
         dk_cmp, dv_cmp, dk_win, dv_win = halo.wait_return()
@@ -321,15 +324,27 @@ def _selected_branch(
     lse = q.new_empty(q.shape[:2], dtype=accumulator_dtype(q))
     for groups, under_way in raw:
         heads = call.heads_of(groups)
-        out[:, heads], lse[:, heads] = selected_attention_forward(
-            q[:, heads], *under_way.wait(), blocks[:, groups], call.plan, call.backend
+        _, lse[:, heads] = selected_attention_forward(
+            q[:, heads], *under_way.wait(), blocks[:, groups], call.plan, call.backend, out=out[:, heads]
         )
     return out, lse
 
 
-def _join_groups(parts: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
-    """Tensors [rows, G, D] from those of each slice of groups."""
-    return [torch.cat(slices, 1) if len(slices) > 1 else slices[0] for slices in zip(*parts, strict=True)]
+def _join_groups(parts: Sequence[Sequence[torch.Tensor]], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Tensors [rows, G, D] of a dtype from those of each slice of groups."""
+    return [_join(slices, dtype) for slices in zip(*parts, strict=True)]
+
+
+def _join(slices: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    if len(slices) == 1:
+        return slices[0].to(dtype)
+    rows, _, width = slices[0].shape
+    counts = [x.shape[1] for x in slices]
+    joined = slices[0].new_empty(rows, sum(counts), width, dtype=dtype)
+    # Joined and rounded in one pass.
+    for place, x in zip(joined.split(counts, 1), slices, strict=True):
+        place.copy_(x)
+    return joined
 
 
 def _check_blocks(blocks: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, config: NSAConfig) -> None:

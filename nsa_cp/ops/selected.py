@@ -16,7 +16,13 @@ GATHER_BUDGET = 1 << 24
 
 
 def selected_attention_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor, plan: NSAPlan, backend: str
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    blocks: torch.Tensor,
+    plan: NSAPlan,
+    backend: str,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal softmax attention over the chosen blocks.
 
@@ -24,6 +30,7 @@ def selected_attention_forward(
         q: [T, N, Dk] local queries.
         k: [S, G, Dk], v: [S, G, Dv]: whole sequence in global order; G may be some of the groups, with N = G * H heads of q.
         blocks: int32 [T, G, n], block numbers within the query's document, ascending, -1 padded.
+        out: [T, N, Dv] to write to in place of a new tensor, channels contiguous.
 
     Returns:
         ``out`` [T, N, Dv] in the dtype of q, ``lse`` [T, N] in the accumulator's dtype.
@@ -32,8 +39,8 @@ def selected_attention_forward(
         from nsa_cp.kernels.selected_attention.forward import selected_attention_forward as kernel
 
         size = plan.config.select_block_size
-        return kernel(q, k, v, blocks, plan.position, plan.key_start, size, q.shape[-1] ** -0.5)
-    out = q.new_empty(*q.shape[:2], v.shape[-1])
+        return kernel(q, k, v, blocks, plan.position, plan.key_start, size, q.shape[-1] ** -0.5, out=out)
+    out = q.new_empty(*q.shape[:2], v.shape[-1]) if out is None else out
     lse = q.new_empty(q.shape[:2], dtype=accumulator_dtype(q))
     for rows, keys, hidden in _chunks(q, k, blocks, plan):
         scores = _scores(q[rows], _gather(k, keys), hidden)

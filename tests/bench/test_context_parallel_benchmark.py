@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nsa_cp.bench import context_parallel
+from nsa_cp.bench import context_parallel, context_parallel_check
 from nsa_cp.bench.inputs import HeadLayout
 from nsa_cp.bench.replay import RecordedTransfers
 from nsa_cp.cli.main import main
 from nsa_cp.config import NSAConfig
 from nsa_cp.context_parallel import SequenceLayout, count_traffic
-from nsa_cp.ops import pipeline
+from nsa_cp.ops import NSAOutput, native_sparse_attention, pipeline
 from nsa_cp.testing.cases import make_problem, solve
 
 HEADER = (
@@ -80,6 +80,30 @@ def test_a_sequence_that_one_gpu_cannot_hold_is_still_measured(workers, tmp_path
     assert workers(2).run(_bench_without_memory, str(file)) == [0, 0]
     rows = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
     assert rows and all(row["cp"] == "2" and row["one_gpu_p50_ms"] == row["efficiency"] == "nan" for row in rows)
+
+
+def _check_without(rank: int, world_size: int, lost: str) -> int:
+    """The check when rank 1's part of a parameter's gradient, for example of k_weights[0], is lost; of none if that is ""."""
+
+    def losing(*arguments: object, **settings: object) -> NSAOutput:
+        weights = {"k_weights": list(arguments[4]), "v_weights": list(arguments[5])}
+        if lost and settings["layout"].cp_size > 1 and rank == 1:
+            name, index = lost[:-1].split("[")
+            view = weights[name][int(index)].view_as(weights[name][int(index)])
+            view.register_hook(torch.zeros_like)
+            weights[name][int(index)] = view
+        return native_sparse_attention(
+            *arguments[:4], tuple(weights["k_weights"]), tuple(weights["v_weights"]), *arguments[6:], **settings
+        )
+
+    with mock.patch.object(context_parallel_check, "native_sparse_attention", losing):
+        return _bench(rank, world_size, "--check", "--comms", "all_gather")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("lost", ["", *(f"{x}_weights[{i}]" for x in "kv" for i in range(3))])
+def test_the_check_compares_the_compressors_parameters(workers, lost: str) -> None:
+    assert workers(2).run(_check_without, lost) == [int(bool(lost))] * 2
 
 
 def _check(rank: int, world_size: int, broken: bool) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from nsa_cp.bench import cost_model
 from nsa_cp.bench.cost_model import (
     GIB,
     NVLINK,
@@ -30,9 +31,10 @@ CONFIG = NSAConfig(
     compressed_comm="all_gather", layout="zigzag",
 )  # fmt: skip
 STAGES = {"compression": 1.0, "window": 8.0, "compressed": 6.0, "selection": 4.0, "selected": 20.0, "gating": 2.0}
+BACKWARD = {**{s: ms for s, ms in STAGES.items() if s != "selection"}, "recompression": 1.0}
 # Copies of no length: only kernels and transfers count.
 KERNELS = KernelTimes(
-    HEADS, {(pass_, s): ms for pass_ in ("forward", "backward") for s, ms in STAGES.items()},
+    HEADS, {(pass_, s): ms for pass_, stages in (("forward", STAGES), ("backward", BACKWARD)) for s, ms in stages.items()},
     {"forward": 1e4, "backward": 2e4}, copy_bytes_per_ms=float("inf"),
 )  # fmt: skip
 
@@ -57,8 +59,9 @@ def test_free_transfers_leave_the_kernels() -> None:
     assert forward.ms == pytest.approx(41 / 4) and forward.exposed_ms == 0 and forward.efficiency == pytest.approx(1)
     # Twice the tokens: linear stages twice (31 -> 62), quadratic ones four times (10 -> 40).
     assert model.predict("forward", 2 * UNIT, 4).ms == pytest.approx(102 / 4)
-    # The backward runs the compressor's forward once more; one GPU's backward does so too, in its measured time.
-    assert model.predict("backward", UNIT, 4).ms == pytest.approx((41 - 4) / 4 + 4 / 4 * 0 + 1 / 4)
+    # The backward runs the compressor's forward once more: one GPU's does so too, so that it is in its time, and counted once.
+    backward = model.predict("backward", UNIT, 4)
+    assert backward.ms == pytest.approx(38 / 4) == KERNELS.total("backward", UNIT) / 4 and backward.efficiency == pytest.approx(1)
 
 
 def test_forward_transfers_by_hand() -> None:
@@ -73,12 +76,67 @@ def test_forward_transfers_by_hand() -> None:
     assert slow.ms == pytest.approx(44.5) and slow.exposed_ms == pytest.approx(2 + 8 + 7 + 7)
 
 
-def test_backward_transfers_by_hand() -> None:
-    backward = CostModel(KERNELS, _link(1.0, exchange=2.0, reduce_scatter=4.0), CONFIG).predict("backward", UNIT, 2)
-    # Halo 0-2, gating 0-1 beside it: 1 exposed. Compressor again 2-2.5. Compressed tokens there at 3.5 (1 exposed), first group
-    # at 4.5, second issued at 3.5, there at 5.5. First group waits from 3.5 to 4.5 (1 exposed), 8.5 ms of kernels -13, sums
-    # 13-17; second -21.5, the first's sums are there; its own 21.5-25.5 (4 exposed). Compression -26, halo -28 (2 exposed).
-    assert backward.ms == pytest.approx(28.0) and backward.exposed_ms == pytest.approx(1 + 1 + 1 + 4 + 2)
+def test_backward_transfers_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost_model, "QUERY_GRADIENT_SHARE", 0.5)
+    backward = CostModel(KERNELS, _link(1.5, exchange=2.0, reduce_scatter=4.0), CONFIG).predict("backward", UNIT, 2)
+    # Gating 0-1, and only then halo 1-3, 2 exposed. Compressor again 3-3.5. Then compressed tokens are there at 5, the first
+    # group at 6.5, the second at 8. dk, dv of a group: window 1, compressed 0.75, selected 2.5; its dq 4.25.
+    # Group 0: window 3.5-4.5 before the compressed tokens are waited for (0.5 exposed), compressed 5-5.75; their sums set out
+    # behind the gathers, 8-12. Rows waited for 5.75-6.5 (0.75), selected 6.5-9, sums 12-16 under dq 9-13.25 and beyond.
+    # Group 1: window -14.25, compressed -15, sums 16-20; selected -17.5, sums 20-24; dq -21.75. Group 0 is through; 24 waited
+    # for (2.25 exposed). Compression -24.5, halo's gradients -26.5 (2).
+    assert backward.ms == pytest.approx(26.5) and backward.exposed_ms == pytest.approx(2 + 0.5 + 0.75 + 2.25 + 2)
+    slow = CostModel(KERNELS, _link(1.5, exchange=2.0, reduce_scatter=12.0), CONFIG).predict("backward", UNIT, 2)
+    # Sums 8-20, 20-32 | 32-44, 44-56: after dq of group 1, at 21.75, group 0's are waited for until 32, its own until 56.
+    assert slow.ms == pytest.approx(58.5) and slow.exposed_ms == pytest.approx(2 + 0.5 + 0.75 + 10.25 + 24 + 2)
+
+
+def test_ring_transfers_by_hand() -> None:
+    model = CostModel(KERNELS, _link(0.0, exchange=8.0), replace(CONFIG, compressed_comm="ring"))
+    # Halo 0-8. Compression -8.5, the shard sets out before the window, 8.5-16.5. Window -12.5, own shard -14, the other's waited
+    # for until 16.5 (2.5 exposed), -18; normaliser -19.5, selection -21.5, selected -31.5, gating -32.5.
+    forward = model.predict("forward", UNIT, 2)
+    assert forward.ms == pytest.approx(32.5) and forward.exposed_ms == pytest.approx(8 + 2.5)
+
+
+def test_copies_by_hand() -> None:
+    """Transfers take no time, copies a millisecond for every MB read or written."""
+    rate, raw, compressed = 1e6, UNIT * TOKEN, UNIT * TOKEN * 2 / 16
+    model = CostModel(replace(KERNELS, copy_bytes_per_ms=rate), _link(0.0), CONFIG)
+    # Own rows of two branches into the halo's buffers; packing a half and ordering the whole, of both gathers.
+    fetched = 2 * (2 * raw * 2 / 2) + 2 * (compressed / 2 + compressed) + 2 * 2 * (raw / 2 + raw)
+    out = UNIT / 2 * 8 * 64 * 2
+    forward = model.predict("forward", UNIT, 2)
+    assert forward.ms - 41 / 2 == pytest.approx((fetched + 2 * out) / rate) and forward.exposed_ms == 0
+    # Float32: messages of whole gradients; two branches' own rows and own compressed tokens joined; halo rows cut out.
+    returned = 2 * 2 * (compressed + 2 * raw) + 2 * 2 * (2 * raw * 2 + compressed) / 2 + 2 * 2 * (2 * raw * 2 / 2)
+    backward = model.predict("backward", UNIT, 2)
+    assert backward.ms - 38 / 2 == pytest.approx((fetched + returned) / rate) and backward.exposed_ms == 0
+
+
+def test_the_backwards_halo_travels_while_blocks_are_sorted() -> None:
+    picks = UNIT / 2 * 2 * 16
+    kernels = replace(KERNELS, copy_bytes_per_ms=cost_model.SORTED_BYTES * picks)
+    exposed = CostModel(kernels, _link(0.0, exchange=3.0), CONFIG).predict("backward", UNIT, 2).exposed_ms
+    assert exposed == pytest.approx(3 - 1 + 3), "sorting takes 1 ms of the first exchange's 3, and nothing of the last's"
+
+
+def test_halo_rows_are_fewer_when_branches_share_them() -> None:
+    # An exchange takes as many milliseconds as bytes.
+    link = Link(((0.0, 0.0), (1.0, 0.0)), ((0.0, 0.0), (1.0, 1.0)), ((0.0, 0.0), (1.0, 0.0)), step_ms=0.0)
+    for shared, layout, rows in ((False, "zigzag", 2 * (511 + 31)), (True, "zigzag", 2 * 511), (False, "contiguous", 511 + 31)):
+        model = CostModel(KERNELS, link, replace(CONFIG, shared_kv=shared, layout=layout))
+        assert model.predict("forward", UNIT, 2).exposed_ms == pytest.approx(rows * TOKEN * 2)
+
+
+def test_the_hosts_agreement() -> None:
+    """At 4 ranks three messages one after the other, beside 10.25 ms of kernels; before them when the layout is new."""
+    model = CostModel(KERNELS, _link(0.0), CONFIG, agreement_step_ms=1.0)
+    hidden, slow = model.predict("forward", UNIT, 4), replace(model, agreement_step_ms=5.0).predict("forward", UNIT, 4)
+    assert (hidden.ms, hidden.exposed_ms) == pytest.approx((10.25, 0)) and (slow.ms, slow.exposed_ms) == pytest.approx((15, 4.75))
+    first = replace(model, new_layout=True)
+    assert first.predict("forward", UNIT, 4)[:2] == pytest.approx((13.25, 3))
+    assert first.predict("backward", UNIT, 4) == model.predict("backward", UNIT, 4), "the backward has none"
 
 
 def test_the_last_rank_of_a_contiguous_cut_does_more() -> None:
@@ -160,10 +218,43 @@ def test_check_compares_every_measured_point(tmp_path: Path, capsys: pytest.Capt
     assert [line.split("|")[1:3] for line in table[2:]] == [[" 64k ", " 2 "], [" 4M ", " 2 "], [" 4M ", " 512 "]]
 
 
+def test_only_the_default_file_may_be_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    attention, _ = _files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    command = ["bench", "cost-model", "--attention-csv", str(attention), "--heads", "8/2x64", "--seq-lens", "65536", "--cp", "2"]
+    assert main(command) == 0
+    assert "context_parallel.csv does not exist; one GPU's totals are from" in capsys.readouterr().err
+    assert main([*command, "--check"]) == 2
+    assert "docs/benchmarks/context_parallel.csv does not exist" in capsys.readouterr().err
+
+
+def test_the_agreement_can_be_given_as_measured(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    attention, parallel = _files(tmp_path)
+    command = ["bench", "cost-model", "--attention-csv", str(attention), "--csv", str(parallel), "--heads", "8/2x64"]
+    command += ["--seq-lens", "65536", "--cp", "2"]
+    times = []
+    for more in ([], ["--agreement-step-ms", "1000"], ["--new-layouts", "--agreement-step-ms", "1000"]):
+        assert main([*command, *more]) == 0
+        times.append(float(capsys.readouterr().out.splitlines()[2].split("|")[4].split("+")[0]))
+    assert times[0] < 50 and times[1] == 1000 and 1000 < times[2] < 1050
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--check", "--csv", "nothing.csv"], "nothing.csv does not exist"),
+        (["--csv", "nothing.csv"], "nothing.csv does not exist; make it with nsa-cp bench, or name another file"),
+        (["--attention-csv", "nothing.csv"], "nothing.csv does not exist"),
+        (
+            ["--network-gb-per-s", "0"],
+            "--network-gb-per-s: 0 is not above 0, so nothing would ever arrive; give a rate, for exam",
+        ),
+        (["--network-gb-per-s", "-50"], "-50 is not above 0"),
+        (["--network-gb-per-s", "nan"], "nan is not a finite number; give one"),
+        (["--network-gb-per-s", "fast"], "fast is not a finite number"),
+        (["--agreement-step-ms", "-1"], "-1 is less than 0; give milliseconds"),
         (["--cp", "1"], "--cp 1 has nothing to communicate"),
         (["--heads", "16/2x64"], "no stages of"),
     ],
@@ -172,3 +263,5 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture, arguments: list
     attention, parallel = _files(tmp_path)
     assert main(["bench", "cost-model", "--attention-csv", str(attention), "--csv", str(parallel), *arguments]) == 2
     assert message in capsys.readouterr().err
+    assert main(["bench", "cost-model", "--attention-csv", str(parallel), "--csv", str(parallel)]) == 2
+    assert f"{parallel} lacks the columns inputs, impl, stage; is it the CSV file of another" in capsys.readouterr().err

@@ -183,6 +183,8 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unrecognized arguments: extra" in refuse(capsys, "env", "extra")
     assert "the following arguments are required: CONFIG" in refuse(capsys, "train")
     assert "invalid choice: 'trian'" in refuse(capsys, "trian")
+    assert "--seq-lens: 0 is not a positive whole number" in refuse(capsys, "bench", "attention", "--seq-lens", "0")
+    assert "--repetitions: 0 is not a positive whole number" in refuse(capsys, "bench", "attention", "--repetitions", "0")
 
 
 def test_env_reports_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -84,6 +84,19 @@ def test_strided_inputs_and_weights_of_another_dtype(device: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["mean", "linear", "mlp"])
+def test_a_block_has_the_same_bits_among_any_others(kind: str, dtype: torch.dtype, device: str) -> None:
+    """Other ranks see a block among others, in other tiles; the choice of blocks must not depend on it."""
+    x = torch.randn(8 * 150, 1, 32, device=device).to(dtype)
+    starts = make_starts((len(x),), 16, 8, device)
+    weights = make_weights(kind, 1, 16, 32, dtype, device)
+    whole, hidden = compress_forward(x, starts, weights, 16)
+    for part in (slice(0, 1), slice(3, 80), slice(77, None)):
+        alone, alone_hidden = compress_forward(x, starts[part].contiguous(), weights, 16)
+        assert torch.equal(alone, whole[part])
+        assert hidden is None or torch.equal(alone_hidden, hidden[part])
+
+
+@pytest.mark.parametrize("kind", ["mean", "linear", "mlp"])
 def test_no_complete_block(kind: str, device: str) -> None:
     weights = make_weights(kind, 2, 8, 24, torch.float32, device)
     x = torch.randn(7, 2, 24, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 from collections.abc import Iterator
 from unittest import mock
@@ -10,10 +11,12 @@ from unittest import mock
 import megatron_harness as harness
 import pytest
 import torch
+from megatron.core import tensor_parallel
 from megatron_harness import INDEPENDENT, Model, Parallel
 
+from nsa_cp.megatron.recompute import reuse_selections, stop_reusing_selections
 from nsa_cp.ops import pipeline
-from nsa_cp.ops.recompute import SelectionMemory
+from nsa_cp.ops.recompute import SelectionMemory, recall_selection, remember_selection
 from nsa_cp.testing import assert_close
 
 pytestmark = pytest.mark.distributed
@@ -120,3 +123,87 @@ def test_without_memory_the_same_test_fails(workers) -> None:
     expected = workers(2).run(_pipelined, INDEPENDENT, parallel, True)
     for (norm, calls), (wanted, wanted_calls) in zip(workers(2).run(_without_memory, parallel), expected, strict=True):
         assert calls == 2 * wanted_calls and norm != wanted
+
+
+@pytest.fixture
+def unwrapped(monkeypatch: pytest.MonkeyPatch):  # noqa: ANN201
+    """A checkpoint of Megatron's that nothing has been put around: it runs its function and hands back the recomputation."""
+
+    def checkpoint(function, distribute_saved_activations, *args):  # noqa: ANN001, ANN202
+        return function(*args), lambda: function(*args)
+
+    monkeypatch.setattr(tensor_parallel, "checkpoint", checkpoint)
+    return checkpoint
+
+
+def _layer(made: list[torch.Tensor]) -> torch.Tensor:
+    """Chooses blocks that no other choice is equal to, unless it recalls some."""
+    blocks = recall_selection()
+    if blocks is None:
+        blocks = torch.tensor(len(made))
+        made.append(blocks)
+    remember_selection(blocks)
+    return blocks
+
+
+def test_the_checkpoint_is_wrapped_once_and_unwrapped_again(unwrapped) -> None:
+    made: list[torch.Tensor] = []
+    reuse_selections()
+    wrapped = tensor_parallel.checkpoint
+    assert wrapped is not unwrapped and wrapped.__name__ == "checkpoint"
+    reuse_selections()
+    assert tensor_parallel.checkpoint is wrapped
+    first, recompute = tensor_parallel.checkpoint(_layer, False, made)
+    stop_reusing_selections()
+    stop_reusing_selections()
+    assert tensor_parallel.checkpoint is unwrapped
+    assert torch.equal(recompute(), first) and len(made) == 1, "what was in flight keeps its blocks"
+    first, recompute = tensor_parallel.checkpoint(_layer, False, made)
+    assert not torch.equal(recompute(), first), "unwrapped, a recomputation chooses again"
+    reuse_selections()
+    first, recompute = tensor_parallel.checkpoint(_layer, False, made)
+    assert torch.equal(recompute(), first), "and it can be wrapped again"
+
+
+def test_a_wrapper_around_ours_is_left_alone(unwrapped) -> None:
+    reuse_selections()
+    ours = tensor_parallel.checkpoint
+
+    @functools.wraps(ours)
+    def theirs(*arguments: object) -> object:
+        return ours(*arguments)
+
+    tensor_parallel.checkpoint = theirs
+    reuse_selections()
+    assert tensor_parallel.checkpoint is theirs
+    with pytest.raises(RuntimeError, match="is now .* around nsa_cp's; take that off first"):
+        stop_reusing_selections()
+    assert tensor_parallel.checkpoint is theirs
+    tensor_parallel.checkpoint = ours
+    stop_reusing_selections()
+    assert tensor_parallel.checkpoint is unwrapped
+
+
+def _restored(rank: int, world_size: int) -> tuple[bool, bool, int, int]:
+    """Layers wrap Megatron's checkpoint; taken off, the same model chooses in the recomputation too."""
+    parallel, model = Parallel(cp=world_size), INDEPENDENT.with_extra(**SETTINGS["full"])
+    stop_reusing_selections()
+    own, counts = tensor_parallel.checkpoint, []
+    with harness.megatron(parallel), _choices() as calls:
+        config, (chunk,) = harness.build(model, parallel)
+        wrapped = tensor_parallel.checkpoint
+        try:
+            for stop in (False, True):
+                if stop:
+                    stop_reusing_selections()
+                calls[0] = 0
+                logits, loss = harness.exact_step(harness.batches("plain", config), chunk)
+                loss(logits)[0].backward()
+                counts.append(calls[0])
+        finally:
+            reuse_selections()
+    return wrapped is not own, tensor_parallel.checkpoint is not own, *counts
+
+
+def test_layers_wrap_megatrons_checkpoint_and_it_can_be_restored(workers) -> None:
+    assert workers(1).run(_restored) == [(True, True, LAYERS, 2 * LAYERS)]
