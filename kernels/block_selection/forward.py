@@ -22,6 +22,7 @@ from ..common import (
     load_wide,
     split_width,
 )
+from ..hopper import on_hopper
 from ..tuning import TileConfig, tile_config
 
 # Bytes of scores held at once.
@@ -205,6 +206,7 @@ def select_blocks_forward(
     config: TileConfig | None = None,
     score_bytes: int = SCORE_BYTES,
     bulk: bool | None = None,
+    hopper: bool = True,
 ) -> torch.Tensor:
     """The n blocks each query attends to, one choice for all heads of a group.
 
@@ -222,6 +224,7 @@ def select_blocks_forward(
         config: tile shape instead of the table's.
         score_bytes: budget of the scores held at once.
         bulk: fetch keys by the copy engine, instead of where it can.
+        hopper: let ``hopper.py`` score where it can, unless ``config`` or ``bulk`` is given.
 
     Returns:
         int32 [T, G, n], block numbers within the query's document, ascending, padded with -1.
@@ -229,9 +232,9 @@ def select_blocks_forward(
     Raises:
         ValueError: the heads do not divide over the groups, or d does not divide l and l'.
     """
-    tokens, num_heads, width = q.shape
+    tokens, num_heads, _ = q.shape
     groups = k_cmp.shape[1]
-    heads = check_heads(num_heads, groups)
+    check_heads(num_heads, groups)
     if compress_block_size % compress_stride or select_block_size % compress_stride:
         raise ValueError(
             f"compress_stride = {compress_stride} must divide compress_block_size = {compress_block_size} and "
@@ -240,30 +243,22 @@ def select_blocks_forward(
     chosen = torch.empty(tokens, groups, num_selected_blocks, dtype=torch.int32, device=q.device)
     if tokens == 0:
         return chosen
-    padded_heads = triton.next_power_of_2(heads)
-    config = config or tile_config("selection_scores", q.dtype, q.device, padded_heads, width)
-    per_block = select_block_size // compress_stride
-    padded = triton.next_power_of_2(per_block)
-    head, tail = split_width(width)
     q, k_cmp, lse = channels_last(q), channels_last(k_cmp), lse.contiguous()
-    blocks_at_once = max(1, config.keys // padded)
-    # Blocks whose compressed tokens are a power of two stand in a tile as they stand in memory.
-    bulk = padded == per_block and (copies_in_bulk(k_cmp) if bulk is None else bulk)
-    k_tiles = bulk_tiles(k_cmp, blocks_at_once * padded, 1, (head, tail), bulk)
-    tile_tokens = config.tokens(padded_heads)
-    chunk = max(tile_tokens, score_bytes // (4 * groups * max_blocks) // tile_tokens * tile_tokens)
+    scorer = _TritonScores
+    if hopper and config is None and bulk is None and on_hopper(q.device):
+        from . import hopper as kernels
+
+        if kernels.takes(q, k_cmp, select_block_size // compress_stride):
+            scorer = kernels.BlockScores
+    shape = (compress_block_size, compress_stride, select_block_size)
+    options = {"config": config, "bulk": bulk} if scorer is _TritonScores else {}
+    block_scores = scorer(q, k_cmp, lse, (cmp_begin, cmp_end, position), *shape, scale, **options)
+    chunk = max(1, score_bytes // (4 * groups * max_blocks) // block_scores.tokens) * block_scores.tokens
     scores = torch.empty(min(chunk, tokens), groups, max_blocks, dtype=torch.float32, device=q.device)
     padded_blocks = triton.next_power_of_2(max_blocks)
     for first in range(0, tokens, chunk):
         last = min(first + chunk, tokens)
-        block_scores_kernel[(triton.cdiv(last - first, tile_tokens) * groups,)](
-            q, k_cmp, *k_tiles, lse, cmp_begin, cmp_end, position, scores,
-            *q.stride()[:2], *k_cmp.stride()[:2], first, last, max_blocks, scale * LOG2_E.value,
-            GROUPS=groups, HEADS=heads, PADDED_HEADS=padded_heads, DK=width, DK_HEAD=head, DK_TAIL=tail,
-            TOKENS=tile_tokens, BLOCKS=blocks_at_once, PADDED=padded,
-            PIECES=compress_block_size // compress_stride, PER_BLOCK=per_block, SELECT_BLOCK=select_block_size,
-            BULK=bulk, PRECISION=FLOAT32_PRODUCTS, num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+        block_scores.write(scores, first, last)
         top_blocks_kernel[((last - first) * groups,)](
             scores, position, chosen, first, max_blocks,
             GROUPS=groups, PADDED_BLOCKS=padded_blocks, PICKS=num_selected_blocks,
@@ -271,3 +266,47 @@ def select_blocks_forward(
             SELECT_BLOCK=select_block_size, num_warps=max(1, min(8, padded_blocks // 1024)),
         )  # fmt: skip
     return chosen
+
+
+class _TritonScores:
+    """Scores of some of the queries; arguments as in :func:`select_blocks_forward`, ``ranges`` cmp_begin, cmp_end, position."""
+
+    def __init__(
+        self,
+        q: torch.Tensor,
+        k_cmp: torch.Tensor,
+        lse: torch.Tensor,
+        ranges: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        compress_block_size: int,
+        compress_stride: int,
+        select_block_size: int,
+        scale: float,
+        *,
+        config: TileConfig | None,
+        bulk: bool | None,
+    ) -> None:
+        (_, num_heads, width), self.groups = q.shape, k_cmp.shape[1]
+        heads = num_heads // self.groups
+        padded_heads = triton.next_power_of_2(heads)
+        config = config or tile_config("selection_scores", q.dtype, q.device, padded_heads, width)
+        per_block = select_block_size // compress_stride
+        padded = triton.next_power_of_2(per_block)
+        head, tail = split_width(width)
+        blocks_at_once = max(1, config.keys // padded)
+        # Blocks whose compressed tokens are a power of two stand in a tile as they stand in memory.
+        bulk = padded == per_block and (copies_in_bulk(k_cmp) if bulk is None else bulk)
+        self.tokens, self.scale_log2 = config.tokens(padded_heads), scale * LOG2_E.value
+        self.tensors = (q, k_cmp, *bulk_tiles(k_cmp, blocks_at_once * padded, 1, (head, tail), bulk), lse, *ranges)
+        self.strides = (*q.stride()[:2], *k_cmp.stride()[:2])
+        self.settings = dict(
+            GROUPS=self.groups, HEADS=heads, PADDED_HEADS=padded_heads, DK=width, DK_HEAD=head, DK_TAIL=tail,
+            TOKENS=self.tokens, BLOCKS=blocks_at_once, PADDED=padded, PIECES=compress_block_size // compress_stride,
+            PER_BLOCK=per_block, SELECT_BLOCK=select_block_size, BULK=bulk, PRECISION=FLOAT32_PRODUCTS,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+
+    def write(self, scores: torch.Tensor, first: int, last: int) -> None:
+        """Those of queries ``first .. last`` to ``scores`` [last - first, G, blocks] or longer."""
+        block_scores_kernel[(triton.cdiv(last - first, self.tokens) * self.groups,)](
+            *self.tensors, scores, *self.strides, first, last, scores.shape[2], self.scale_log2, **self.settings
+        )

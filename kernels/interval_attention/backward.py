@@ -30,6 +30,7 @@ from ..common import (
     widths,
     zeros_wide,
 )
+from ..hopper import on_hopper
 from ..tuning import TileConfig, tile_config
 from .forward import key_ranges
 
@@ -390,12 +391,23 @@ def interval_attention_backward_dkv(
     config: TileConfig | None = None,
     splits: int | None = None,
     bulk: bool | None = None,
+    hopper: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dk [M, G, Dk] and dv [M, G, Dv] of :func:`interval_attention_backward`, whose arguments these are."""
+    """dk [M, G, Dk] and dv [M, G, Dv] of :func:`interval_attention_backward`, whose arguments these are.
+
+    ``hopper``: let ``hopper_backward.py`` do it where it can, unless ``config`` or ``bulk`` is given.
+    """
     (tokens, num_heads, dk_width), (num_keys, groups, dv_width) = q.shape, v.shape
     heads = check_heads(num_heads, groups)
     if tokens == 0 or num_keys == 0:
         return shift.new_zeros(k.shape), shift.new_zeros(v.shape)
+    if hopper and config is None and bulk is None and on_hopper(q.device):
+        from . import hopper_backward
+
+        if hopper_backward.takes(q, k, v, do):
+            return hopper_backward.interval_attention_backward_dkv(
+                q, k, v, do, shift, delta, q_begin, q_end, scale, splits=splits
+            )
     q, k, v, do = channels_last(q), channels_last(k), channels_last(v), channels_last(do)
     config = config or tile_config("interval_dkv", q.dtype, q.device, heads, max(dk_width, dv_width))
     tile_tokens = config.tokens(heads)

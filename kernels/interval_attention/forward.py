@@ -27,6 +27,7 @@ from ..common import (
     widths,
     zeros_wide,
 )
+from ..hopper import on_hopper
 from ..tuning import SHORT_SPAN, TileConfig, tile_config
 
 
@@ -183,6 +184,7 @@ def interval_attention_forward(
     span: int = 1 << 30,
     config: TileConfig | None = None,
     bulk: bool | None = None,
+    hopper: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(scale * q k^T) v over each query's own range of key rows.
 
@@ -196,6 +198,7 @@ def interval_attention_forward(
             differ between ranks, since results depend on the tile shape in their last bits.
         config: tile shape instead of the table's.
         bulk: fetch keys and values by the copy engine, instead of where it can.
+        hopper: let ``hopper_forward.py`` do it where it can, unless ``config`` or ``bulk`` is given.
 
     Returns:
         ``out`` [T, N, Dv] in the dtype of q and ``lse`` float32 [T, N], natural logarithm; 0 and -inf where nothing is seen.
@@ -212,6 +215,11 @@ def interval_attention_forward(
     lse = torch.empty(tokens, num_heads, dtype=torch.float32, device=q.device)
     if tokens == 0:
         return out, lse
+    if hopper and config is None and bulk is None and on_hopper(q.device):
+        from . import hopper_forward
+
+        if hopper_forward.takes(q, k, v):
+            return hopper_forward.interval_attention_forward(q, k, v, begin, end, scale)
     stage = "short_forward" if span <= SHORT_SPAN else "interval_forward"
     config = config or tile_config(stage, q.dtype, q.device, heads, max(dk, dv))
     q, k, v = channels_last(q), channels_last(k), channels_last(v)
@@ -224,3 +232,19 @@ def interval_attention_forward(
         **widths(groups, heads, dk, dv), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out, lse
+
+
+def interval_lse(
+    q: torch.Tensor, k: torch.Tensor, begin: torch.Tensor, end: torch.Tensor, scale: float, dv: int, *, span: int = 1 << 30
+) -> torch.Tensor:
+    """The lse of :func:`interval_attention_forward` for values of ``dv`` channels, bit for bit, without them: [T, N].
+
+    Keys stand in for values, as few channels of them as the kernel takes, so that the second product is cheap.
+    """
+    hopper = False
+    if on_hopper(q.device):
+        from . import hopper_forward
+
+        hopper = hopper_forward.suits(q.shape[2], dv)
+    stand_in = k[..., : 64 if hopper else 16]
+    return interval_attention_forward(q, k, stand_in, begin, end, scale, span=span, hopper=hopper)[1]

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from ..common import LOG2_E, channels_last, check_heads, copies_in_bulk, key_arguments, widths, zeros_wide
+from ..hopper import on_hopper
 from ..interval_attention.backward import add_interval_dq, query_tile, store_dq
 from ..selected_attention.backward import add_selected_dq
 from ..selected_attention.forward import block_steps
@@ -95,6 +96,7 @@ def query_gradients(
     out: torch.Tensor | None = None,
     config: TileConfig | None = None,
     bulk: bool | None = None,
+    hopper: bool = True,
 ) -> torch.Tensor:
     """Gradient of the queries over all three branches.
 
@@ -108,6 +110,7 @@ def query_gradients(
         out: [T, N, Dk] to write to, channels contiguous, in place of a new tensor.
         config: tile shape instead of the table's.
         bulk: fetch keys and values by the copy engine, instead of where it can.
+        hopper: let ``hopper.py`` do it where it can, unless ``config`` or ``bulk`` is given.
 
     Returns:
         [T, N, Dk] in the dtype of q, accumulated in float32.
@@ -125,15 +128,25 @@ def query_gradients(
     if tokens == 0:
         return dq
     q, do = channels_last(q), channels_last(do)
+    branches = (window, compressed, selected)
+    if hopper and config is None and bulk is None and on_hopper(q.device):
+        from . import hopper as kernel
+
+        keys = [x for branch in branches for x in (branch.k, branch.v)]
+        if kernel.takes(q, do, keys, block_size):
+            statistics = [x.contiguous() for branch in branches for x in (branch.shift, branch.delta)]
+            ranges = (*window_range, *compressed_range)
+            kernel.query_gradients(q, do, keys, statistics, ranges, blocks, position, key_start, scale, dq)
+            return dq
     config = config or tile_config("query_gradients", q.dtype, q.device, heads, max(dk, dv))
     unions = build_unions(blocks, position, key_start, block_size, config.tokens(heads))
     keys, parts = block_steps(block_size, config.keys)
-    pairs = [(channels_last(branch.k), channels_last(branch.v)) for branch in (window, compressed, selected)]
+    pairs = [(channels_last(branch.k), channels_last(branch.v)) for branch in branches]
     bulk = copies_in_bulk(*(x for pair in pairs for x in pair)) if bulk is None else bulk
     steps = (config.keys, config.keys, keys)
     arguments = [
         argument
-        for (k, v), branch, step in zip(pairs, (window, compressed, selected), steps, strict=True)
+        for (k, v), branch, step in zip(pairs, branches, steps, strict=True)
         for argument in (*key_arguments(k, v, step, bulk), branch.shift.contiguous(), branch.delta.contiguous())
     ]
     query_gradients_kernel[(unions.counts.shape[0] * groups,)](

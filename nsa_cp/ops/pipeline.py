@@ -172,7 +172,8 @@ class _Branches(torch.autograd.Function):
         out_win, lse_win = interval_attention_forward(q, k_window, v_window, plan.window_intervals, backend)
         out_cmp, lse_cmp = whole.attend(q)
         if blocks is None:
-            blocks = select_blocks_forward(q, whole.keys, lse_cmp if whole.in_one_pass else None, plan, backend)
+            lse = lse_cmp if whole.in_one_pass else None
+            blocks = select_blocks_forward(q, whole.keys, lse, plan, backend, v_cmp.shape[-1])
         out_slc, lse_slc = _selected_branch(call, q, blocks, raw, v_slc)
         ctx.save_for_backward(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, blocks, *weights)
         ctx.call = call

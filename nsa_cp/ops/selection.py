@@ -7,7 +7,6 @@ import torch.nn.functional as F
 
 from nsa_cp.config import NSAConfig
 from nsa_cp.ops.dispatch import accumulator_dtype
-from nsa_cp.ops.interval_attention import interval_attention_forward
 from nsa_cp.ops.plan import NSAPlan
 
 # Scores held at once by the torch path, in elements: 64 MiB in float32.
@@ -16,14 +15,15 @@ SCORE_BUDGET = 1 << 24
 
 @torch.no_grad()
 def select_blocks_forward(
-    q: torch.Tensor, k_cmp: torch.Tensor, lse: torch.Tensor | None, plan: NSAPlan, backend: str
+    q: torch.Tensor, k_cmp: torch.Tensor, lse: torch.Tensor | None, plan: NSAPlan, backend: str, v_dim: int
 ) -> torch.Tensor:
     """The n blocks each query attends to, one choice for all heads of a group.
 
     Args:
         q: [T, N, Dk]. k_cmp: [C, G, Dk], complete and in global order.
-        lse: [T, N] of the compressed branch over all of ``k_cmp`` in one pass, or None to form it here. The torch path always
-            forms it from the scores it has at hand.
+        lse: [T, N] of the compressed branch over all of ``k_cmp`` in one pass, or None to form it here, with the same bits. The
+            torch path always forms it from the scores it has at hand.
+        v_dim: Dv of the compressed branch.
 
     Returns:
         int32 [T, G, n], block numbers within the query's document, ascending, -1 padded.
@@ -31,11 +31,11 @@ def select_blocks_forward(
     config = plan.config
     if backend == "triton":
         from nsa_cp.kernels.block_selection.forward import select_blocks_forward as kernel
+        from nsa_cp.kernels.interval_attention.forward import interval_lse
 
         begin, end = plan.compressed_intervals.of_queries
         if lse is None:
-            # Of the attention only the normaliser is wanted: a few value channels keep its second product cheap.
-            _, lse = interval_attention_forward(q, k_cmp, k_cmp[..., :16], plan.compressed_intervals, backend)
+            lse = interval_lse(q, k_cmp, begin, end, q.shape[-1] ** -0.5, v_dim, span=plan.compressed_intervals.span)
         return kernel(
             q, k_cmp, lse, begin, end, plan.position,
             config.compress_block_size, config.compress_stride, config.select_block_size,

@@ -160,7 +160,7 @@ def select_blocks(
     check_heads(q, k_cmp)
     plan = _plan(q, config, cu_seqlens)
     check_rows(k_cmp=k_cmp, expected=plan.compressed_intervals.num_keys)
-    return select_blocks_forward(q, k_cmp, lse, plan, resolve_backend(backend, q))
+    return select_blocks_forward(q, k_cmp, lse, plan, resolve_backend(backend, q), k_cmp.shape[-1])
 
 
 def selected_attention(

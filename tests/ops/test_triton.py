@@ -176,7 +176,7 @@ def _branches(problem: AttentionProblem, plan: NSAPlan) -> dict[str, torch.Tenso
         "compressed": interval_attention_forward(q, *held["compressed"], plan.compressed_intervals, "triton"),
         "window": interval_attention_forward(q, *held["window"], plan.window_intervals, "triton"),
     }
-    blocks = select_blocks_forward(q, k[:count], results["compressed"][1], plan, "triton")
+    blocks = select_blocks_forward(q, k[:count], results["compressed"][1], plan, "triton", v.shape[-1])
     results["selected"] = selected_attention_forward(q, k, v, blocks, plan, "triton")
     outs, lses = ([results[name][i] for name in held] for i in range(2))
     statistics = dict(zip(held, split_statistics(row_statistics(grad, outs, lses, gates, "triton")), strict=True))

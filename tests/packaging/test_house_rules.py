@@ -36,8 +36,9 @@ def public_functions(tree: ast.Module):
 
 
 def is_triton_kernel(function: ast.FunctionDef) -> bool:
-    """Triton's functions take pointers and compile-time constants: their parameters have no useful type."""
-    return any("triton." in ast.unparse(decorator) or ast.unparse(decorator) == "jit" for decorator in function.decorator_list)
+    """Triton's and Gluon's functions take pointers and compile-time constants: their parameters have no useful type."""
+    names = [ast.unparse(decorator) for decorator in function.decorator_list]
+    return any("triton." in name or "gluon." in name or name == "jit" for name in names)
 
 
 def faults(source: str, in_kernels: bool = False) -> list[str]:

@@ -1,0 +1,69 @@
+"""Kernels for Hopper (sm_90) in Gluon, the level below Triton: where they run, and what they share.
+
+Triton waits for every product whose result the same iteration uses, so that products and exponentials take turns. Here the
+code itself says what is in flight. One warp fetches tiles with the copy engine into a ring of slots; the others are groups of
+four, which own 64 rows each and never wait for each other. Each such kernel has a twin in Triton that gives the same results but
+for rounding and that runs wherever this one cannot: on other devices, in the interpreter, for widths and alignments that do not
+suit the copy engine.
+
+Rings. Tile i lies in slot i % STAGES. ``full[slot]`` completes when its bytes are there, ``empty[slot]`` when every reader has
+passed it. Both count rounds: round i // STAGES of a slot is phase (i // STAGES) & 1, and waiting for the phase before a fresh
+barrier's first returns at once. A reader arrives at ``empty`` only after it has waited for ``full`` of the same round.
+
+What ptxas needs to leave products in flight, found by trial (it warns of "serialization" otherwise): nothing in flight across a
+loop's back edge, and no write to registers that a product in flight reads or adds to.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor as TritonDescriptor
+
+# Gluon is not a stable interface. The first release of Triton that these kernels were run with, and the first they were not.
+_FIRST_TRITON, _UNTRIED_TRITON = (3, 6), (3, 7)
+
+
+@lru_cache(maxsize=None)
+def on_hopper(device: torch.device) -> bool:
+    """Whether these kernels can run on ``device``: compute capability 9, and a release of Triton that they were run with."""
+    release = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return (
+        device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 and _FIRST_TRITON <= release < _UNTRIED_TRITON
+    )
+
+
+def fetchable(*tensors: torch.Tensor) -> bool:
+    """Whether the copy engine can fetch tiles of these 16-bit tensors: not empty, rows at multiples of 16 bytes."""
+    return all(
+        x.dtype in (torch.bfloat16, torch.float16)
+        and x.numel() > 0
+        and x.stride(-1) == 1
+        and x.data_ptr() % 16 == 0
+        and all(stride % 8 == 0 for stride in x.stride()[:-1])
+        for x in tensors
+    )
+
+
+def tiles(x: torch.Tensor, block: tuple[int, ...]) -> TritonDescriptor:
+    """Gluon's descriptor of tiles of shape ``block`` of ``x``."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block), shared_layout(block, x.dtype))
+
+
+@lru_cache(maxsize=None)
+def shared_layout(block: tuple[int, ...], dtype: torch.dtype) -> object:
+    """How a tile of shape ``block`` lies in shared memory, so that products can read it there."""
+    from triton.experimental.gluon import language as gl
+
+    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}[dtype]
+    return gl.NVMMASharedLayout.get_default_for(list(block), element)
+
+
+@lru_cache(maxsize=None)
+def multiprocessors(device: torch.device) -> int:
+    """Programs of one whole multiprocessor each that run at once."""
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,327 @@
+"""dq of the three branches for Hopper: warp groups that share fetched keys and never wait for each other.
+
+One program: 2 x 64 query rows (tokens times heads of one K/V group). Each warp group owns 64 rows and their dq; one more
+warp fetches tiles of 64 keys and values into a ring (see ``kernels/hopper.py``): first the window's, then the compressed tokens',
+then the blocks of the union of all the program's tokens. A warp group that nothing of a tile concerns passes it on at once. The
+very first tiles are the warp groups' q and do, which move to registers.
+
+Per tile and warp group: issue S = Q K^T and dP = dO V^T; the exponentials run while dP does, and beside the other warp group's
+products; dq += dS K.
+"""
+
+from __future__ import annotations
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ..common import INT_MAX, LOG2_E
+from ..hopper import fetchable, tiles
+from ..selected_attention.unions import build_unions
+
+ROWS = gl.constexpr(64)  # of a warp group
+KEYS = gl.constexpr(64)  # of a tile
+WARP_GROUPS = gl.constexpr(2)
+_SLOTS = 4
+
+
+@gluon.jit
+def fetch_tile(k_desc, v_desc, key, group, count, ring, STAGES: gl.constexpr):
+    """Tile number ``count`` of the sequence: keys ``key .. key + KEYS``."""
+    k_ring, v_ring, full, empty = ring
+    slot = count % STAGES
+    mbarrier.wait(empty.index(slot), ((count // STAGES) & 1) ^ 1)
+    mbarrier.expect(full.index(slot), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(k_desc, [key, group, 0], full.index(slot), k_ring.index(slot))
+    tma.async_copy_global_to_shared(v_desc, [key, group, 0], full.index(slot), v_ring.index(slot))
+    return count + 1
+
+
+@gluon.jit
+def fetch(
+    q_desc, do_desc, win_k, win_v, cmp_k, cmp_v, slc_k, slc_v, ring, ranges, entries_ptr, token, group,
+    TOKENS: gl.constexpr, HEADS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The fetching warp."""
+    win_start, win_stop, cmp_start, cmp_stop, slc_stop, steps, full_steps = ranges
+    k_ring, v_ring, full, empty = ring
+    # The first tiles of the sequence are each warp group's q and do.
+    for part in gl.static_range(WARP_GROUPS):
+        mbarrier.expect(full.index(part), q_desc.block_type.nbytes + do_desc.block_type.nbytes)
+        q = k_ring.index(part).reshape(q_desc.block_type.shape)
+        do = v_ring.index(part).reshape(do_desc.block_type.shape)
+        tma.async_copy_global_to_shared(q_desc, [token + part * TOKENS, group * HEADS, 0], full.index(part), q)
+        tma.async_copy_global_to_shared(do_desc, [token + part * TOKENS, group * HEADS, 0], full.index(part), do)
+    count = gl.to_tensor(WARP_GROUPS)
+    for key in range(win_start // KEYS * KEYS, win_stop, KEYS):
+        count = fetch_tile(win_k, win_v, key, group, count, ring, STAGES)
+    for key in range(cmp_start // KEYS * KEYS, cmp_stop, KEYS):
+        count = fetch_tile(cmp_k, cmp_v, key, group, count, ring, STAGES)
+    entry = gl.load(entries_ptr)
+    for step in range(steps):
+        following = gl.load(entries_ptr + gl.minimum(step + 1, steps - 1))
+        count = fetch_tile(slc_k, slc_v, (entry >> 32).to(gl.int32), group, count, ring, STAGES)
+        entry = following
+
+
+@gluon.jit
+def clear_hidden(tile, key, start, stop, WIDTH: gl.constexpr):
+    """Zero the rows of a key or value tile outside ``start .. stop``: products add them up times 0, and they may not be finite.
+
+    Every warp group that uses the tile does it; all write the same, and rows that any query sees keep their bytes.
+    """
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
+    row = key + gl.arange(0, KEYS, gl.SliceLayout(1, LAYOUT))
+    keep = ((row >= start) & (row < stop))[:, None]
+    tile.store(gl.where(keep, tile.load(LAYOUT), gl.zeros([KEYS, WIDTH], tile.dtype, LAYOUT)))
+
+
+@gluon.jit
+def add_tile(
+    dq, q, do, k_tile, v_tile, key, shift, delta, begin, end, whole, start, stop, scale_log2,
+    S_LAYOUT: gl.constexpr, DQ_LAYOUT: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr,
+):  # fmt: skip
+    """dq + dS K of one key tile; row r sees the keys ``begin[r] .. end[r]``, all of them if ``whole``."""
+    k = k_tile.reshape([KEYS, DK])
+    v = v_tile.reshape([KEYS, DV])
+    if (key < start) | (key + KEYS > stop):
+        clear_hidden(k, key, start, stop, DK)
+        clear_hidden(v, key, start, stop, DV)
+        fence_async_shared()
+        gl.thread_barrier()
+    nothing = gl.zeros([ROWS, KEYS], gl.float32, S_LAYOUT)
+    s = warpgroup_mma(q, k.permute([1, 0]), nothing, use_acc=False, is_async=True)
+    dp = warpgroup_mma(do, v.permute([1, 0]), nothing, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(1, deps=[s])
+    p = gl.exp2(s * scale_log2 - shift[:, None])
+    column = key + gl.arange(0, KEYS, gl.SliceLayout(0, S_LAYOUT))
+    # The branch also keeps ptxas from moving the exponentials behind the wait.
+    if not whole:
+        p = gl.where((column[None, :] >= begin[:, None]) & (column[None, :] < end[:, None]), p, 0.0)
+    dp = warpgroup_mma_wait(0, deps=[dp])
+    ds = p * (dp - delta[:, None])
+    ds = gl.convert_layout(ds.to(k.dtype), gl.DotOperandLayout(0, DQ_LAYOUT, 2))
+    dq = warpgroup_mma(ds, k, dq, is_async=True)
+    return warpgroup_mma_wait(0, deps=[dq])
+
+
+@gluon.jit
+def add_interval(
+    dq, count, q, do, ring, shift, delta, begin, end, start, stop, scale_log2,
+    S_LAYOUT: gl.constexpr, DQ_LAYOUT: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """dq over the key tiles of ``start .. stop``, what any row of the program sees; row r sees ``begin[r] .. end[r]``."""
+    k_ring, v_ring, full, empty = ring
+    some = begin < end
+    seen_first = gl.min(gl.where(some, begin, INT_MAX), 0)
+    seen_last = gl.max(gl.where(some, end, 0), 0)
+    whole_first = gl.max(begin, 0)
+    whole_last = gl.min(end, 0)
+    for key in range(start // KEYS * KEYS, stop, KEYS):
+        slot = count % STAGES
+        mbarrier.wait(full.index(slot), (count // STAGES) & 1)
+        if (key < seen_last) & (key + KEYS > seen_first):
+            dq = add_tile(
+                dq, q, do, k_ring.index(slot), v_ring.index(slot), key, shift, delta, begin, end,
+                (key >= whole_first) & (key + KEYS <= whole_last), start, stop, scale_log2, S_LAYOUT, DQ_LAYOUT, DK, DV,
+            )  # fmt: skip
+        mbarrier.arrive(empty.index(slot))
+        count += 1
+    return dq, count
+
+
+@gluon.jit
+def statistics(branch, stats, valid):
+    """Shift in base 2, +inf for rows that do not exist, and delta."""
+    shift_ptr, delta_ptr = branch
+    shift = gl.load(shift_ptr + stats, mask=valid, other=float("inf")) * LOG2_E
+    return shift, gl.load(delta_ptr + stats, mask=valid, other=0.0)
+
+
+@gluon.jit
+def consume(
+    PART: gl.constexpr, ring, ranges, win_stats, cmp_stats, slc_stats, row_pointers, entries_ptr,
+    dq_ptr, dq_stride_t, dq_stride_h, first_token, group, num_tokens, scale, scale_log2,
+    GROUPS: gl.constexpr, HEADS: gl.constexpr, TOKENS: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """A warp group: 64 query rows against all tiles."""
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DK, 16])
+    win_start, win_stop, cmp_start, cmp_stop, slc_stop, steps, full_steps = ranges
+    win_begin_ptr, win_end_ptr, cmp_begin_ptr, cmp_end_ptr, position_ptr, key_start_ptr = row_pointers
+    k_ring, v_ring, full, empty = ring
+
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
+    wanted = first_token + PART * TOKENS + row // HEADS
+    token = gl.minimum(wanted, num_tokens - 1)
+    stats = token.to(gl.int64) * (GROUPS * HEADS) + group * HEADS + row % HEADS
+    valid = wanted < num_tokens
+
+    for part in gl.static_range(WARP_GROUPS):
+        mbarrier.wait(full.index(part), 0)
+        if part == PART:
+            q = k_ring.index(part).reshape([ROWS, DK]).load(gl.DotOperandLayout(0, S_LAYOUT, 2))
+            do = v_ring.index(part).reshape([ROWS, DV]).load(gl.DotOperandLayout(0, S_LAYOUT, 2))
+        mbarrier.arrive(empty.index(part))
+    dq = gl.zeros([ROWS, DK], gl.float32, DQ_LAYOUT)
+    shift, delta = statistics(win_stats, stats, valid)
+    dq, count = add_interval(
+        dq, gl.to_tensor(WARP_GROUPS), q, do, ring, shift, delta, gl.load(win_begin_ptr + token), gl.load(win_end_ptr + token),
+        win_start, win_stop, scale_log2, S_LAYOUT, DQ_LAYOUT, DK, DV, STAGES,
+    )  # fmt: skip
+    shift, delta = statistics(cmp_stats, stats, valid)
+    dq, count = add_interval(
+        dq, count, q, do, ring, shift, delta, gl.load(cmp_begin_ptr + token), gl.load(cmp_end_ptr + token), cmp_start, cmp_stop,
+        scale_log2, S_LAYOUT, DQ_LAYOUT, DK, DV, STAGES,
+    )  # fmt: skip
+
+    shift, delta = statistics(slc_stats, stats, valid)
+    limit = gl.load(key_start_ptr + token) + gl.load(position_ptr + token) + 1
+    entry = gl.load(entries_ptr)
+    for step in range(steps):
+        following = gl.load(entries_ptr + gl.minimum(step + 1, steps - 1))
+        slot = count % STAGES
+        mbarrier.wait(full.index(slot), (count // STAGES) & 1)
+        bits = (entry.to(gl.int32) >> (PART * TOKENS)) & ((1 << TOKENS) - 1)
+        if bits != 0:
+            picked = ((bits >> (row // HEADS)) & 1) != 0
+            dq = add_tile(
+                dq, q, do, k_ring.index(slot), v_ring.index(slot), (entry >> 32).to(gl.int32),
+                gl.where(picked, shift, float("inf")), delta, limit * 0, limit, step < full_steps, 0, slc_stop,
+                scale_log2, S_LAYOUT, DQ_LAYOUT, DK, DV,
+            )  # fmt: skip
+        mbarrier.arrive(empty.index(slot))
+        count += 1
+        entry = following
+
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, DQ_LAYOUT))
+    wanted = first_token + PART * TOKENS + row // HEADS
+    offset = wanted.to(gl.int64) * dq_stride_t + (group * HEADS + row % HEADS).to(gl.int64) * dq_stride_h
+    column = gl.arange(0, DK, gl.SliceLayout(0, DQ_LAYOUT))
+    out = (dq * scale).to(dq_ptr.dtype.element_ty)
+    gl.store(dq_ptr + offset[:, None] + column[None, :], out, mask=(wanted < num_tokens)[:, None])
+
+
+@gluon.jit
+def seen_range(begin_ptr, end_ptr, token):
+    """The keys that any of these tokens sees."""
+    begin = gl.load(begin_ptr + token)
+    end = gl.load(end_ptr + token)
+    some = begin < end
+    stop = gl.max(gl.where(some, end, 0), 0)
+    return gl.minimum(gl.min(gl.where(some, begin, INT_MAX), 0), stop), stop
+
+
+@gluon.jit(do_not_specialize=["num_tokens"])
+def query_gradients_hopper_kernel(
+    q_desc, do_desc, win_k, win_v, cmp_k, cmp_v, slc_k, slc_v, dq_ptr, dq_stride_t, dq_stride_h,
+    win_shift_ptr, win_delta_ptr, cmp_shift_ptr, cmp_delta_ptr, slc_shift_ptr, slc_delta_ptr,
+    win_begin_ptr, win_end_ptr, cmp_begin_ptr, cmp_end_ptr, entries_ptr, counts_ptr, position_ptr, key_start_ptr,
+    num_tokens, scale, scale_log2,
+    GROUPS: gl.constexpr, HEADS: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, TOKENS: gl.constexpr,
+    ENTRIES: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """Groups one after the other, so that one group's keys and values stay in the cache; late tiles, which see most, first."""
+    num_tiles = gl.cdiv(num_tokens, WARP_GROUPS * TOKENS)
+    tile = num_tiles - 1 - gl.program_id(0) % num_tiles
+    group = gl.program_id(0) // num_tiles
+    first_token = tile * (WARP_GROUPS * TOKENS)
+
+    place: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
+    token = gl.minimum(first_token + gl.minimum(gl.arange(0, 128, place), WARP_GROUPS * TOKENS - 1), num_tokens - 1)
+    win_start, win_stop = seen_range(win_begin_ptr, win_end_ptr, token)
+    cmp_start, cmp_stop = seen_range(cmp_begin_ptr, cmp_end_ptr, token)
+    slc_stop = gl.max(gl.load(key_start_ptr + token) + gl.load(position_ptr + token), 0) + 1
+    union = tile.to(gl.int64) * GROUPS + group
+    entries_ptr += union * ENTRIES
+    steps = gl.load(counts_ptr + union * 2)
+    full_steps = gl.load(counts_ptr + union * 2 + 1)
+    ranges = (win_start, win_stop, cmp_start, cmp_stop, slc_stop, steps, full_steps)
+
+    dtype: gl.constexpr = q_desc.dtype
+    k_ring = gl.allocate_shared_memory(dtype, [STAGES, KEYS, 1, DK], win_k.layout)
+    v_ring = gl.allocate_shared_memory(dtype, [STAGES, KEYS, 1, DV], win_v.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=WARP_GROUPS)
+    ring = (k_ring, v_ring, full, empty)
+    row_pointers = (win_begin_ptr, win_end_ptr, cmp_begin_ptr, cmp_end_ptr, position_ptr, key_start_ptr)
+    win_stats = (win_shift_ptr, win_delta_ptr)
+    cmp_stats = (cmp_shift_ptr, cmp_delta_ptr)
+    slc_stats = (slc_shift_ptr, slc_delta_ptr)
+    gl.warp_specialize(
+        [
+            (consume, (
+                gl.constexpr(0), ring, ranges, win_stats, cmp_stats, slc_stats, row_pointers,
+                entries_ptr, dq_ptr, dq_stride_t, dq_stride_h, first_token, group, num_tokens, scale, scale_log2,
+                GROUPS, HEADS, TOKENS, DK, DV, STAGES,
+            )),
+            (consume, (
+                gl.constexpr(1), ring, ranges, win_stats, cmp_stats, slc_stats, row_pointers,
+                entries_ptr, dq_ptr, dq_stride_t, dq_stride_h, first_token, group, num_tokens, scale, scale_log2,
+                GROUPS, HEADS, TOKENS, DK, DV, STAGES,
+            )),
+            (fetch, (
+                q_desc, do_desc, win_k, win_v, cmp_k, cmp_v, slc_k, slc_v, ring, ranges, entries_ptr,
+                first_token, group, TOKENS, HEADS, STAGES,
+            )),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+def takes(q: torch.Tensor, do: torch.Tensor, keys: list[torch.Tensor], block_size: int) -> bool:
+    """Whether :func:`query_gradients` is for these: widths of 64 or 128, 4 to 64 heads a group, a power of two (more tokens
+    a tile than 32 do not fit the union's masks), blocks of 64, all fetchable. ``keys``: k, v by branch."""
+    heads = q.shape[1] // keys[0].shape[1]
+    return (
+        block_size == KEYS.value
+        and q.shape[2] in (64, 128)
+        and do.shape[2] in (64, 128)
+        and heads >= 4
+        and ROWS.value % heads == 0
+        and fetchable(q, do, *keys)
+    )
+
+
+def query_gradients(
+    q: torch.Tensor,
+    do: torch.Tensor,
+    keys: list[torch.Tensor],
+    statistics: list[torch.Tensor],
+    ranges: tuple[torch.Tensor, ...],
+    blocks: torch.Tensor,
+    position: torch.Tensor,
+    key_start: torch.Tensor,
+    scale: float,
+    dq: torch.Tensor,
+) -> None:
+    """As the Triton twin in ``backward.py``, for tensors of which :func:`takes` is true; dq [T, N, Dk] is written.
+
+    Args:
+        keys: k and v of the window, the compressed tokens and the selected branch.
+        statistics: their shifts and deltas, contiguous, in the same order.
+        ranges: begin and end of the rows that a query sees in the window, then of compressed tokens.
+    """
+    (tokens, num_heads, dk), groups, dv = q.shape, keys[0].shape[1], do.shape[2]
+    heads = num_heads // groups
+    tile_tokens = ROWS.value // heads
+    unions = build_unions(blocks, position, key_start, KEYS.value, WARP_GROUPS.value * tile_tokens)
+    query_gradients_hopper_kernel[(unions.counts.shape[0] * groups,)](
+        tiles(q, (tile_tokens, heads, dk)), tiles(do, (tile_tokens, heads, dv)),
+        *(tiles(x, (KEYS.value, 1, x.shape[2])) for x in keys), dq, *dq.stride()[:2], *statistics, *ranges,
+        unions.entries, unions.counts, position, key_start, tokens, scale, scale * LOG2_E.value,
+        GROUPS=groups, HEADS=heads, DK=dk, DV=dv, TOKENS=tile_tokens, ENTRIES=unions.entries.shape[-1], STAGES=_SLOTS,
+        num_warps=4,
+    )  # fmt: skip

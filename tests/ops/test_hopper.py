@@ -1,0 +1,225 @@
+"""The Gluon kernels for Hopper beside their Triton twins: values, borders, hidden rows, strides, repeatability, who runs when."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from nsa_cp.config import NSAConfig
+from nsa_cp.context_parallel import SequenceLayout
+from nsa_cp.kernels.block_selection import forward as selection
+from nsa_cp.kernels.hopper import on_hopper
+from nsa_cp.kernels.interval_attention.backward import interval_attention_backward_dkv
+from nsa_cp.kernels.interval_attention.forward import interval_attention_forward, interval_lse
+from nsa_cp.kernels.query_gradients.backward import Branch, query_gradients
+from nsa_cp.ops.plan import NSAPlan, get_plan
+from nsa_cp.testing import assert_close
+
+DEVICE = torch.device("cuda", 0)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or not on_hopper(DEVICE), reason="needs a Hopper GPU and a release of Triton tried on it"
+    ),
+]
+
+PACKED = (0, 1, 8, 308, 437, 1000)
+SCALE = 0.09
+# Rows before and behind the keys that nobody may see; they hold NaN.
+MARGIN = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """Heads, groups, Dk, Dv, documents, element type."""
+
+    heads: int
+    groups: int
+    dk: int
+    dv: int
+    documents: tuple[int, ...] = PACKED
+    dtype: torch.dtype = torch.bfloat16
+
+
+CASES = {
+    "64/4x128": Case(64, 4, 128, 128),
+    "long": Case(64, 4, 128, 128, (0, 4097)),
+    "float16": Case(16, 2, 64, 64, dtype=torch.float16),
+    "4 heads": Case(8, 2, 128, 64),
+    "5 heads": Case(10, 2, 64, 128),
+    "1 head": Case(2, 2, 64, 64),
+    "64 heads": Case(64, 1, 128, 128, (0, 700)),
+    "192/128": Case(32, 2, 192, 128),
+}
+
+
+def _plan(case: Case) -> NSAPlan:
+    return get_plan(SequenceLayout.build(case.documents), NSAConfig(window_size=200), DEVICE)
+
+
+def _normal(case: Case, rows: int, heads: int, width: int) -> Tensor:
+    return torch.randn(rows, heads, width, device=DEVICE).to(case.dtype)
+
+
+def _queries(case: Case) -> tuple[Tensor, Tensor]:
+    """q and do; not contiguous, and do has a gap between its rows."""
+    tokens = case.documents[-1]
+    q = _normal(case, case.heads, tokens, case.dk).transpose(0, 1)
+    return q, _normal(case, tokens, case.heads, 2 * case.dv)[..., : case.dv]
+
+
+def _hidden_keys(case: Case, rows: int, behind: int = MARGIN) -> tuple[Tensor, Tensor]:
+    """k and v of ``rows`` rows between rows of NaN."""
+    k, v = (_normal(case, MARGIN + rows + behind, case.groups, width) for width in (case.dk, case.dv))
+    for x in (k, v):
+        x[:MARGIN], x[MARGIN + rows :] = float("nan"), float("nan")
+    return k, v
+
+
+def _intervals(plan: NSAPlan, name: str) -> tuple[int, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Number of keys, the keys of each query (moved by the margin), the queries of each key (none in the margins)."""
+    intervals = plan.window_intervals if name == "window" else plan.compressed_intervals
+    begin, end = (bound + MARGIN for bound in intervals.of_queries)
+    of_keys = tuple(torch.nn.functional.pad(bound, (MARGIN, MARGIN)) for bound in intervals.of_keys)
+    return intervals.num_keys, (begin, end), of_keys
+
+
+def _statistics(case: Case, q: Tensor, k: Tensor, v: Tensor, bounds: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Row shifts as a gate of about a half makes them, some rows closed, and any deltas."""
+    lse = interval_attention_forward(q, k, v, *bounds, SCALE, hopper=False)[1]
+    shift = (lse - torch.rand_like(lse).log()).masked_fill(lse == float("-inf"), float("inf"))
+    shift[::7] = float("inf")
+    return shift, torch.randn_like(lse)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    torch.manual_seed(0)
+    # Whatever is allocated and not written shows.
+    with mock.patch.object(torch, "empty", _poisoned):
+        yield
+
+
+def _poisoned(*size: int | tuple[int, ...], **options: object) -> Tensor:
+    x = torch.zeros(*size, **options)
+    return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(-77)
+
+
+@pytest.mark.parametrize("name", ["window", "compressed"])
+@pytest.mark.parametrize("case", CASES)
+def test_forward(case: str, name: str) -> None:
+    problem = CASES[case]
+    rows, bounds, _ = _intervals(_plan(problem), name)
+    q, _ = _queries(problem)
+    k, v = _hidden_keys(problem, rows)
+    out, lse = interval_attention_forward(q, k, v, *bounds, SCALE)
+    expected, expected_lse = interval_attention_forward(q, k, v, *bounds, SCALE, hopper=False)
+    assert_close(out, expected, max_relative_error=5e-3, name="out")
+    assert_close(lse, expected_lse, atol=1e-5, rtol=1e-5, name="lse")
+    again = interval_attention_forward(q, k, v, *bounds, SCALE)
+    assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
+    # Other ranks see a row among other rows.
+    late = interval_attention_forward(q[11:], k, v, *(bound[11:] for bound in bounds), SCALE)
+    assert torch.equal(out[11:], late[0]) and torch.equal(lse[11:], late[1])
+    assert torch.equal(lse, interval_lse(q, k, *bounds, SCALE, problem.dv))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_block_scores(case: str) -> None:
+    problem = CASES[case]
+    plan = _plan(problem)
+    rows, bounds, _ = _intervals(plan, "compressed")
+    q, _ = _queries(problem)
+    k, v = _hidden_keys(problem, rows)
+    lse = interval_attention_forward(q, k, v, *bounds, SCALE, hopper=False)[1]
+    ranges, tokens = (*bounds, plan.position), problem.documents[-1]
+    found = []
+    for scorer in (_hopper_scores, _triton_scores):
+        scores = torch.zeros(tokens, problem.groups, plan.max_blocks, device=DEVICE)
+        scorer(q, k, lse, ranges).write(scores[3:], 3, tokens)
+        found.append(scores)
+    seen = torch.arange(plan.max_blocks, device=DEVICE) <= (plan.position // 64)[:, None]
+    scores, expected = (x.masked_fill(~seen[:, None], 0.0) for x in found)
+    assert expected.abs().max() > 0.1
+    assert_close(scores, expected, atol=1e-6, rtol=1e-5, name="scores")
+
+
+def _hopper_scores(q: Tensor, k: Tensor, lse: Tensor, ranges: tuple[Tensor, ...]) -> object:
+    from nsa_cp.kernels.block_selection.hopper import BlockScores, takes
+
+    assert takes(q, k, 4)
+    return BlockScores(q, k, lse, ranges, 32, 16, 64, SCALE)
+
+
+def _triton_scores(q: Tensor, k: Tensor, lse: Tensor, ranges: tuple[Tensor, ...]) -> object:
+    return selection._TritonScores(q, k, lse, ranges, 32, 16, 64, SCALE, config=None, bulk=None)
+
+
+@pytest.mark.parametrize("name", ["window", "compressed"])
+@pytest.mark.parametrize("case", CASES)
+def test_key_gradients(case: str, name: str) -> None:
+    problem = CASES[case]
+    rows, bounds, of_keys = _intervals(_plan(problem), name)
+    q, do = _queries(problem)
+    k, v = _hidden_keys(problem, rows)
+    statistics = _statistics(problem, q, k, v, bounds)
+    arguments = (q, k, v, do, *statistics, *of_keys, SCALE)
+    expected = interval_attention_backward_dkv(*arguments, hopper=False)
+    for splits in (1, 3):
+        gradients = interval_attention_backward_dkv(*arguments, splits=splits)
+        assert_close(list(gradients), list(expected), max_relative_error=1e-4, name=f"{splits} splits")
+        again = interval_attention_backward_dkv(*arguments, splits=splits)
+        assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
+
+
+@pytest.mark.parametrize("drifting", [False, True], ids=["random", "drifting"])
+@pytest.mark.parametrize("case", CASES)
+def test_query_gradients(case: str, drifting: bool) -> None:
+    problem = CASES[case]
+    plan = _plan(problem)
+    q, do = _queries(problem)
+    branches, ranges = [], []
+    for name in ("window", "compressed"):
+        rows, bounds, _ = _intervals(plan, name)
+        k, v = _hidden_keys(problem, rows)
+        branches.append(Branch(k, v, *_statistics(problem, q, k, v, bounds)))
+        ranges.append(bounds)
+    # The selected branch's keys end with the last document's.
+    k, v = _hidden_keys(problem, problem.documents[-1], behind=0)
+    branches.append(Branch(k, v, torch.randn(q.shape[:2], device=DEVICE) + 3, torch.randn(q.shape[:2], device=DEVICE)))
+    blocks = _choices(plan, problem.groups, drifting)
+    tables = (blocks, plan.position, plan.key_start + MARGIN, 64, SCALE)
+    expected = query_gradients(q, do, *branches, *ranges, *tables, hopper=False)
+    dq = query_gradients(q, do, *branches, *ranges, *tables)
+    assert_close(dq, expected, max_relative_error=1e-3, name="dq")
+    assert torch.equal(dq, query_gradients(q, do, *branches, *ranges, *tables))
+
+
+def _choices(plan: NSAPlan, groups: int, drifting: bool) -> Tensor:
+    """int32 [T, G, 6]: random visible blocks, ascending; the same for neighbours where they drift; none for some tokens."""
+    own = plan.position // 64
+    score = torch.rand(len(own), groups, max(6, plan.max_blocks), device=DEVICE)
+    if drifting:
+        score = score[torch.arange(len(own), device=DEVICE) // 50 * 50]
+    block = torch.arange(score.shape[-1], device=DEVICE)
+    best, chosen = score.masked_fill(block > own[:, None, None], -1.0).topk(6, dim=-1)
+    chosen = chosen.masked_fill(best < 0, 1 << 20).sort(-1).values
+    chosen[::13] = 1 << 20
+    return chosen.masked_fill(chosen == 1 << 20, -1).to(torch.int32)
+
+
+def test_who_runs_when() -> None:
+    """Widths that suit go to the Hopper kernels, others to Triton; a tile shape or ``hopper=False`` asks for Triton."""
+    target = "nsa_cp.kernels.interval_attention.hopper_forward.interval_attention_forward"
+    for width, options, expected in ((128, {}, 1), (96, {}, 0), (128, {"hopper": False}, 0), (128, {"bulk": False}, 0)):
+        case = Case(8, 2, width, width)
+        rows, bounds, _ = _intervals(_plan(case), "window")
+        q, _ = _queries(case)
+        with mock.patch(target, return_value=None) as called:
+            interval_attention_forward(q, *_hidden_keys(case, rows), *bounds, SCALE, **options)
+        assert called.call_count == expected, (width, options)
