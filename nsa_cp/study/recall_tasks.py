@@ -17,16 +17,17 @@ _VALID, _TEST = 1 << 40, 1 << 41
 
 @dataclass(frozen=True, kw_only=True)
 class RecallStage:
-    """``steps`` batches of ``num_sequences`` sequences of one shape."""
+    """``steps`` batches of ``num_sequences`` sequences of one shape, fewer once validation accuracy is ``enough``."""
 
     shape: RecallShape
     num_sequences: int
     steps: int
+    enough: float
 
     @property
     def stage(self) -> Stage:
         """Without what the sequences hold."""
-        return Stage(self.steps, self.num_sequences, self.shape.length)
+        return Stage(self.steps, self.num_sequences, self.shape.length, self.enough)
 
 
 @dataclass(frozen=True, kw_only=True)

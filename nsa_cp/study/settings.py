@@ -12,7 +12,7 @@ from nsa_cp.study.model import ModelSettings
 from nsa_cp.study.task import Task
 
 # Raise it when the same settings give other results than before: runs of older code are then made again.
-REVISION = 1
+REVISION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,6 @@ class TrainSettings:
 
     Args:
         eval_every: steps between validations.
-        advance_at, stop_at: validation accuracy at which a stage of training, or the last one, ends early; None never.
         precision: of the forward and of attention; weights and optimizer are float32.
     """
 
@@ -30,8 +29,6 @@ class TrainSettings:
     betas: tuple[float, float] = (0.9, 0.98)
     clip_norm: float = 1.0
     eval_every: int = 50
-    advance_at: float | None = None
-    stop_at: float | None = None
     precision: Literal["bfloat16", "float32"] = "bfloat16"
 
 

@@ -25,6 +25,8 @@ _SMALL_NSA = NSAConfig(
     compress_block_size=8, compress_stride=4, select_block_size=16, num_selected_blocks=6, num_local_blocks=1, window_size=32
 )
 _TEXT_BYTES = {"full": 96 << 20, "mini": 16 << 20, "tiny": 1 << 20}
+# Validation accuracies at which a stage of training ends early.
+_WELL_ENOUGH, _ALL_RIGHT = 0.95, 0.999
 # A quarter of the channels turn: the others compare tokens at any distance alike.
 _ROTARY = RotaryConfig(percent=0.25)
 
@@ -37,12 +39,18 @@ def _shape(length: int, pairs: int, queries: int, gap: int, stride: int, kinds: 
     )  # fmt: skip
 
 
-def _schedule(tokens: int, kinds: tuple[int, int, int], *rows: tuple[int, int, int, int, int, int]) -> tuple[RecallStage, ...]:
-    """Stages of ``tokens`` a step from rows (length, pairs, queries, gap, stride, steps)."""
+def _schedule(tokens: int, kinds: tuple[int, int, int], *rows: tuple[int, ...], main: int) -> tuple[RecallStage, ...]:
+    """Stages of ``tokens`` a step from rows (length, pairs, queries, gap, stride, steps).
+
+    The sequences before row ``main`` lead up to those of interest: they end once most answers are right.
+    """
     return tuple(
-        RecallStage(shape=_shape(length, *shape, kinds), num_sequences=tokens // length, steps=steps)
-        for length, *shape, steps in rows
-    )
+        RecallStage(
+            shape=_shape(length, *shape, kinds), num_sequences=tokens // length, steps=steps,
+            enough=_WELL_ENOUGH if number < main else _ALL_RIGHT,
+        )
+        for number, (length, *shape, steps) in enumerate(rows)
+    )  # fmt: skip
 
 
 def build_study(name: str, scale: str, text: Path | None = None, corpus: Corpus | None = None) -> Study:
@@ -82,8 +90,8 @@ def _recall_model(scale: str, task: MqarTask | PasskeyTask, num_values: int) -> 
 
 def _recall_train(scale: str) -> TrainSettings:
     if scale == "full":
-        return TrainSettings(warmup_steps=40, eval_every=25, advance_at=0.9, stop_at=0.999)
-    return TrainSettings(warmup_steps=10, eval_every=25, advance_at=0.9, stop_at=0.999, precision="float32")
+        return TrainSettings(warmup_steps=40, eval_every=25)
+    return TrainSettings(warmup_steps=10, eval_every=25, precision="float32")
 
 
 def _mqar(scale: str) -> Study:
@@ -92,15 +100,15 @@ def _mqar(scale: str) -> Study:
     if scale == "full":
         kinds = (64, 256, 64)
         schedule = _schedule(
-            32768, kinds, (64, 4, 32, 12, 3, 150), (256, 16, 96, 64, 3, 150), (1024, 64, 256, 288, 3, 150),
-            (4096, 256, 1024, 512, 3, 400),
+            32768, kinds, (64, 4, 32, 12, 3, 300), (256, 16, 96, 64, 3, 150), (1024, 64, 256, 288, 3, 150),
+            (4096, 256, 1024, 512, 3, 400), main=3,
         )  # fmt: skip
     elif scale == "mini":
         kinds = (32, 64, 32)
-        schedule = _schedule(8192, kinds, (64, 4, 32, 12, 2, 150), (256, 16, 96, 80, 2, 150), (512, 32, 256, 80, 2, 200))
+        schedule = _schedule(8192, kinds, (64, 4, 32, 12, 2, 150), (256, 16, 96, 80, 2, 150), (512, 32, 256, 80, 2, 200), main=2)
     else:
         kinds = (8, 16, 8)
-        schedule = _schedule(512, kinds, (64, 4, 16, 8, 4, 4), (256, 8, 32, 80, 4, 4))
+        schedule = _schedule(512, kinds, (64, 4, 16, 8, 4, 4), (256, 8, 32, 80, 4, 4), main=1)
     task = MqarTask(schedule=schedule, test_batches=8 if scale == "full" else 2)
     return Study(
         name="mqar", scale=scale, title="Multi-query associative recall", task=task,
@@ -113,17 +121,17 @@ def _passkey(scale: str) -> Study:
     if scale == "full":
         kinds, tested = (64, 256, 64), (8192, 32768, 65536)
         schedule = _schedule(
-            65536, kinds, (64, 4, 32, 12, 2, 150), (512, 16, 192, 64, 2, 150), (2048, 16, 512, 300, 2, 100),
-            (8192, 16, 512, 512, 2, 250), (32768, 16, 512, 512, 2, 40), (65536, 16, 512, 512, 2, 40),
+            65536, kinds, (64, 4, 32, 12, 2, 300), (512, 16, 192, 64, 2, 150), (2048, 16, 512, 300, 2, 100),
+            (8192, 16, 512, 512, 2, 250), (32768, 16, 512, 512, 2, 40), (65536, 16, 512, 512, 2, 40), main=3,
         )  # fmt: skip
         depths, count, tokens, gap = tuple(x / 8 for x in range(9)), 16, 65536, 512
     elif scale == "mini":
         kinds, tested = (32, 64, 32), (512, 1024)
-        schedule = _schedule(8192, kinds, (64, 4, 32, 12, 2, 150), (512, 8, 256, 80, 2, 150), (1024, 8, 256, 80, 2, 20))
+        schedule = _schedule(8192, kinds, (64, 4, 32, 12, 2, 150), (512, 8, 256, 80, 2, 150), (1024, 8, 256, 80, 2, 20), main=1)
         depths, count, tokens, gap = (0.0, 0.5, 1.0), 8, 4096, 80
     else:
         kinds, tested = (8, 16, 8), (128, 256)
-        schedule = _schedule(512, kinds, (128, 4, 16, 66, 2, 4), (256, 4, 16, 80, 2, 2))
+        schedule = _schedule(512, kinds, (128, 4, 16, 66, 2, 4), (256, 4, 16, 80, 2, 2), main=0)
         depths, count, tokens, gap = (0.0, 1.0), 4, 512, 66
     tests_at = tuple((_shape(length, count, count, gap, 2, kinds), tokens // length) for length in tested)
     task = PasskeyTask(schedule=schedule, tests_at=tests_at, depths=depths, test_batches=2 if scale == "full" else 1)

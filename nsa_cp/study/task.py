@@ -26,11 +26,15 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of training whose batches have one shape: ``steps`` packs of ``num_sequences`` x ``length`` tokens."""
+    """A part of training whose batches have one shape: ``steps`` packs of ``num_sequences`` x ``length`` tokens.
+
+    It ends early at the validation accuracy ``enough``; None never.
+    """
 
     steps: int
     num_sequences: int
     length: int
+    enough: float | None = None
 
     @property
     def layout(self) -> SequenceLayout:

@@ -104,8 +104,7 @@ class Trainer:
     def _train_stage(self, number: int, stage: Stage, first_step: int) -> None:
         step = _Step(self, stage)
         losses = torch.zeros(stage.steps, device=self.device)
-        logged, train, is_last = 0, self.settings.train, number == len(self.settings.task.stages) - 1
-        enough = train.stop_at if is_last else train.advance_at
+        logged, train = 0, self.settings.train
         for index, batch in enumerate(self._batches(number, stage)):
             self._set_learning_rate(first_step + index)
             losses[index] = step(batch)
@@ -119,7 +118,7 @@ class Trainer:
             if done % train.eval_every == 0 or done == stage.steps:
                 figures = self._log(number, float(losses[logged:done].mean()))
                 logged = done
-                if enough is not None and figures["accuracy"] >= enough:
+                if stage.enough is not None and figures["accuracy"] >= stage.enough:
                     break
 
     def _batches(self, number: int, stage: Stage) -> Iterator[Batch]:
