@@ -367,12 +367,13 @@ def block_scores_hopper_kernel(
 
 
 def takes(q: torch.Tensor, k_cmp: torch.Tensor, blocks_of: int) -> bool:
-    """Whether :class:`BlockScores` is for these: widths of 64, 128 or 192, at most 128 heads a group, keys that the copy engine
-    can fetch, blocks of a power of two, at most 64, of compressed tokens (``blocks_of``)."""
+    """Whether :class:`BlockScores` is for these: widths of 64, 128 or 192, 4 to 128 heads a group (with fewer there is little to
+    sum, and registers do not hold the scores), keys that the copy engine can fetch, blocks of a power of two, at most 64, of
+    compressed tokens (``blocks_of``)."""
     heads = q.shape[1] // k_cmp.shape[1]
     return (
         q.shape[2] in (64, 128, 192)
-        and heads <= ROWS.value
+        and 4 <= heads <= ROWS.value
         and blocks_of <= KEYS.value
         and blocks_of & (blocks_of - 1) == 0
         and fetchable(k_cmp)

@@ -26,6 +26,9 @@ from ..common import INT_MAX, LOG2_E
 from ..hopper import fetchable, tiles
 from ..selected_attention.unions import build_unions
 
+# Triton 3.7 renamed it.
+thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
 ROWS = gl.constexpr(64)  # of a warp group
 KEYS = gl.constexpr(64)  # of a tile
 WARP_GROUPS = gl.constexpr(2)
@@ -95,7 +98,7 @@ def add_tile(
         clear_hidden(k, key, start, stop, DK)
         clear_hidden(v, key, start, stop, DV)
         fence_async_shared()
-        gl.thread_barrier()
+        thread_barrier()
     nothing = gl.zeros([ROWS, KEYS], gl.float32, S_LAYOUT)
     s = warpgroup_mma(q, k.permute([1, 0]), nothing, use_acc=False, is_async=True)
     dp = warpgroup_mma(do, v.permute([1, 0]), nothing, use_acc=False, is_async=True)

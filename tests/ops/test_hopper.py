@@ -129,7 +129,7 @@ def test_forward(case: str, name: str) -> None:
     assert torch.equal(lse, interval_lse(q, k, *bounds, SCALE, problem.dv))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [name for name, case in CASES.items() if case.heads // case.groups >= 4])
 def test_block_scores(case: str) -> None:
     problem = CASES[case]
     plan = _plan(problem)
