@@ -94,6 +94,27 @@ def block_row_gradient_kernel(
     tl.store(dx_ptr + (target * WIDTH)[:, None] + column[None, :], acc, mask=mask)
 
 
+@triton.jit(do_not_specialize=["total"])
+def activation_gradient_kernel(hidden_ptr, upstream_ptr, activated_ptr, gradient_ptr, total, TILE: tl.constexpr):
+    """activated = silu(hidden), gradient = upstream * silu'(hidden); all of ``total`` elements, the first three float32."""
+    place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    mask = place < total
+    hidden = tl.load(hidden_ptr + place, mask=mask, other=0.0)
+    slope = tl.sigmoid(hidden)
+    gradient = tl.load(upstream_ptr + place, mask=mask, other=0.0) * slope * (1 + hidden * (1 - slope))
+    tl.store(activated_ptr + place, hidden * slope, mask=mask)
+    tl.store(gradient_ptr + place, gradient, mask=mask)
+
+
+def _activation_gradient(hidden: torch.Tensor, upstream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """silu of ``hidden`` [C, G, F] and the gradient before it, from that behind it; all float32 and contiguous."""
+    activated, gradient = torch.empty_like(hidden), torch.empty_like(hidden)
+    activation_gradient_kernel[(triton.cdiv(hidden.numel(), 1024),)](
+        hidden, upstream, activated, gradient, hidden.numel(), TILE=1024, num_warps=4
+    )
+    return activated, gradient
+
+
 def _weight_gradient(x: torch.Tensor, starts: torch.Tensor, dh: torch.Tensor, block_size: int) -> torch.Tensor:
     """Sum over blocks of flatten(block)^T dh: float32 [G, l*D, F]; dh [C, G, F] in the dtype of x."""
     groups, width = x.shape[1:]
@@ -171,11 +192,10 @@ def compress_backward(
     extra: tuple[torch.Tensor, ...] = ()
     dh, mean = dy.float(), None
     if len(weights) == 3:
-        upstream, before = dh.transpose(0, 1), hidden.transpose(0, 1)
-        slope = torch.sigmoid(before)
-        extra = (torch.bmm((before * slope).transpose(1, 2), upstream),)
-        dh = torch.bmm(upstream, weights[2].float().transpose(1, 2)) * slope * (1 + before * (1 - slope))
-        dh, mean = dh.transpose(0, 1).contiguous(), dy
+        upstream, dh = dh.transpose(0, 1), torch.empty_like(hidden)
+        torch.bmm(upstream, weights[2].float().transpose(1, 2), out=dh.transpose(0, 1))
+        activated, dh = _activation_gradient(hidden, dh)
+        extra, mean = (torch.bmm(activated.permute(1, 2, 0), upstream),), dy
     total = dh.sum(0)
     flat = position.reshape(position.shape[0], -1, 1).float()
     dposition = torch.bmm(weight.float(), total[..., None]).view(position.shape)

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -32,17 +31,24 @@ def block_channels(x_ptr, start, keep, x_stride_m, first, TOTAL: tl.constexpr, W
 
 @triton.jit(do_not_specialize=["num_blocks"])
 def block_product_kernel(
-    x_ptr, starts_ptr, weight_ptr, bias_ptr, out_ptr, x_stride_m, x_stride_g, num_blocks,
+    x_ptr, starts_ptr, weight_ptr, bias_ptr, out_ptr, activated_ptr, x_stride_m, x_stride_g, num_blocks,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, TOTAL: tl.constexpr, OUT: tl.constexpr,
-    TILE_BLOCKS: tl.constexpr, TILE_SUM: tl.constexpr, TILE_OUT: tl.constexpr, PRECISION: tl.constexpr,
+    TILE_BLOCKS: tl.constexpr, TILE_SUM: tl.constexpr, TILE_OUT: tl.constexpr,
+    SINGLE_ROWS: tl.constexpr, BIAS: tl.constexpr, ACTIVATED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out [C, G, OUT] = flatten(block) @ weight [G, TOTAL, OUT] + bias [G, OUT], float32."""
+    """out [C, G, OUT] = flatten(block) @ weight [G, TOTAL, OUT] + bias [G, OUT], float32; activated: its silu, in weight's dtype.
+
+    SINGLE_ROWS: block c is row c alone.
+    """
     column_tile = tl.program_id(0) % tl.cdiv(OUT, TILE_OUT)
     group = tl.program_id(0) // tl.cdiv(OUT, TILE_OUT) % GROUPS
     block = tl.program_id(0) // (tl.cdiv(OUT, TILE_OUT) * GROUPS) * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)
     column = column_tile * TILE_OUT + tl.arange(0, TILE_OUT)
     keep = block < num_blocks
-    start = tl.load(starts_ptr + block, mask=keep, other=0)
+    if SINGLE_ROWS:
+        start = block
+    else:
+        start = tl.load(starts_ptr + block, mask=keep, other=0)
     x_ptr += group.to(tl.int64) * x_stride_g
     weight_ptr += group.to(tl.int64) * (TOTAL * OUT)
     acc = tl.zeros([TILE_BLOCKS, TILE_OUT], dtype=tl.float32)
@@ -52,9 +58,13 @@ def block_product_kernel(
         mask = (channel < TOTAL)[:, None] & (column < OUT)[None, :]
         weight = tl.load(weight_ptr + channel[:, None] * OUT + column[None, :], mask=mask, other=0.0)
         acc = tl.dot(x, weight, acc, input_precision=PRECISION)
-    acc += tl.load(bias_ptr + group * OUT + column, mask=column < OUT, other=0.0)[None, :]
-    offset = (block.to(tl.int64) * GROUPS + group) * OUT
-    tl.store(out_ptr + offset[:, None] + column[None, :], acc, mask=keep[:, None] & (column < OUT)[None, :])
+    if BIAS:
+        acc += tl.load(bias_ptr + group * OUT + column, mask=column < OUT, other=0.0)[None, :]
+    offset = ((block.to(tl.int64) * GROUPS + group) * OUT)[:, None] + column[None, :]
+    mask = keep[:, None] & (column < OUT)[None, :]
+    tl.store(out_ptr + offset, acc, mask=mask)
+    if ACTIVATED:
+        tl.store(activated_ptr + offset, (acc * tl.sigmoid(acc)).to(weight_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
@@ -95,27 +105,35 @@ def check_compressor(weights: Sequence[torch.Tensor], block_size: int, groups: i
         )
 
 
-def block_product(x: torch.Tensor, starts: torch.Tensor, position: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
+def block_product(
+    x: torch.Tensor,
+    starts: torch.Tensor | None,
+    position: torch.Tensor | None,
+    weight: torch.Tensor,
+    activated: torch.Tensor | None = None,
+) -> torch.Tensor:
     """``flatten(x[starts[c] : starts[c] + l] + position) @ weight``, float32.
 
     Args:
-        x: [M, G, D]. starts: int32 [C]. position: [G, l, D], None for zeros. weight: [G, l*D, F].
+        x: [M, G, D]. starts: int32 [C], None where every row of x is a block. position: [G, l, D], None for zeros.
+        weight: [G, l*D, F].
+        activated: [C, G, F] in the dtype of x, to which silu of the product is written; None for nothing.
 
     Returns:
         [C, G, F].
     """
     groups, total, out_width = weight.shape
-    blocks = starts.shape[0]
+    blocks = x.shape[0] if starts is None else starts.shape[0]
     out = torch.empty(blocks, groups, out_width, dtype=torch.float32, device=x.device)
-    if position is None:
-        bias = torch.zeros(groups, out_width, dtype=torch.float32, device=x.device)
-    else:
-        bias = torch.bmm(position.reshape(groups, 1, total).float(), weight.float())
+    bias = None if position is None else torch.bmm(position.reshape(groups, 1, total).float(), weight.float())
+    # Pointers that are not read or written need only be of some tensor.
     programs = triton.cdiv(blocks, TILE_BLOCKS) * groups * triton.cdiv(out_width, TILE_OUT)
     block_product_kernel[(programs,)](
-        x, starts, weight.to(x.dtype).contiguous(), bias, out, *x.stride()[:2], blocks,
+        x, x if starts is None else starts, weight.to(x.dtype).contiguous(), out if bias is None else bias,
+        out, out if activated is None else activated, *x.stride()[:2], blocks,
         GROUPS=groups, WIDTH=x.shape[-1], TOTAL=total, OUT=out_width,
-        TILE_BLOCKS=TILE_BLOCKS, TILE_SUM=TILE_SUM, TILE_OUT=TILE_OUT, PRECISION=FLOAT32_PRODUCTS, num_warps=4, num_stages=3,
+        TILE_BLOCKS=TILE_BLOCKS, TILE_SUM=TILE_SUM, TILE_OUT=TILE_OUT, SINGLE_ROWS=starts is None,
+        BIAS=bias is not None, ACTIVATED=activated is not None, PRECISION=FLOAT32_PRODUCTS, num_warps=4, num_stages=3,
     )  # fmt: skip
     return out
 
@@ -162,10 +180,9 @@ def compress_forward(
         return x.new_empty(0, *x.shape[1:]), hidden
     if len(weights) == 0:
         return block_mean(x, starts, block_size, None), None
-    product = block_product(x, starts, *weights[:2])
     if len(weights) == 2:
-        return product.to(x.dtype), None
-    # The second product sees blocks of a single row.
-    every_row = torch.arange(starts.shape[0], dtype=torch.int32, device=x.device)
-    added = block_product(F.silu(product).to(x.dtype), every_row, None, weights[2])
+        return block_product(x, starts, *weights).to(x.dtype), None
+    activated = torch.empty(starts.shape[0], x.shape[1], weights[1].shape[-1], dtype=x.dtype, device=x.device)
+    product = block_product(x, starts, *weights[:2], activated)
+    added = block_product(activated, None, None, weights[2])
     return block_mean(x, starts, block_size, added), product

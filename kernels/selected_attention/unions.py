@@ -146,6 +146,23 @@ class Visitors:
     slots_per_group: int
 
 
+@triton.jit(do_not_specialize=["num_blocks", "total"])
+def list_numbers_kernel(
+    blocks_ptr, block_base_ptr, out_ptr, stride_t, stride_g, stride_n, num_blocks, total,
+    GROUPS: tl.constexpr, PICKS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The list, group * NB + block, of every pick, flat; G * NB where there is none."""
+    place = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    mask = place < total
+    token = place // (GROUPS * PICKS)
+    group = place // PICKS % GROUPS
+    offset = token.to(tl.int64) * stride_t + group.to(tl.int64) * stride_g + place % PICKS * stride_n
+    block = tl.load(blocks_ptr + offset, mask=mask, other=-1)
+    base = tl.load(block_base_ptr + token, mask=mask, other=0)
+    number = tl.where(block >= 0, group * num_blocks + base + block, GROUPS * num_blocks)
+    tl.store(out_ptr + place, number, mask=mask)
+
+
 def find_visitors(blocks: torch.Tensor, block_base: torch.Tensor, num_blocks: int, chunk: int | None = None) -> Visitors:
     """Invert a selection: a stable sort of the (group, block) of every pick.
 
@@ -161,15 +178,19 @@ def find_visitors(blocks: torch.Tensor, block_base: torch.Tensor, num_blocks: in
     tokens, groups, picks = blocks.shape
     chunk = chunk or visitor_chunk(tokens, picks)
     lists = groups * num_blocks
-    first_list = torch.arange(groups, dtype=torch.int32, device=blocks.device)[:, None] * num_blocks
-    key = torch.where(blocks >= 0, blocks + block_base[:, None, None] + first_list, lists)
-    ordered, order = key.flatten().sort(stable=True)
+    key = torch.empty(tokens * groups * picks, dtype=torch.int32, device=blocks.device)
+    if key.numel():
+        list_numbers_kernel[(triton.cdiv(key.numel(), 1024),)](
+            blocks, block_base, key, *blocks.stride(), num_blocks, key.numel(), GROUPS=groups, PICKS=picks, TILE=1024, num_warps=4
+        )
+    ordered, order = key.sort(stable=True)
     bounds = torch.arange(lists + 1, dtype=torch.int32, device=blocks.device)
     offsets = torch.searchsorted(ordered, bounds, out_int32=True)
-    items = (offsets.diff() + (chunk - 1)).div(chunk, rounding_mode="floor").clamp_(min=1)
-    item_offsets, slot_offsets = torch.zeros_like(offsets), torch.zeros_like(offsets)
-    torch.cumsum(items, 0, dtype=torch.int32, out=item_offsets[1:])
-    torch.cumsum(torch.where(items > 1, items, 0), 0, dtype=torch.int32, out=slot_offsets[1:])
+    # Both running sums at once: of the items, and of those that lists of several have.
+    items = offsets.diff().add_(chunk - 1).div_(chunk, rounding_mode="floor").clamp_(min=1)
+    running = torch.zeros(2, lists + 1, dtype=torch.int32, device=blocks.device)
+    torch.cumsum(torch.stack([items, items * (items > 1)]), 1, dtype=torch.int32, out=running[:, 1:])
+    item_offsets, slot_offsets = running
     most_split = tokens * picks // chunk
     items_per_group = num_blocks + most_split
     item = torch.arange(groups * items_per_group, dtype=torch.int32, device=blocks.device)
