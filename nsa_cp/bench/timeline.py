@@ -16,9 +16,9 @@ import torch
 # What a kernel belongs to, by parts of its name: the first stage that matches. Everything else is packing and sums of torch's.
 STAGES = {
     "transfers": ("nccl",),
-    "compression": ("block_product", "block_mean", "block_weight_gradient", "block_row_gradient"),
+    "compression": ("block_product", "block_mean", "block_weight_gradient", "block_row_gradient", "activation_gradient"),
     "selection": ("block_scores", "top_blocks"),
-    "selected": ("selected_attention", "build_unions"),
+    "selected": ("selected_attention", "build_unions", "list_numbers"),
     "window + compressed": ("interval_attention", "add_queries", "finish_rows"),
     "query gradients": ("query_gradients",),
     "gating": ("combine_forward", "combine_backward"),

@@ -65,6 +65,9 @@ def test_overlap_by_hand() -> None:
         ("interval_attention_backward_dq_kernel", "window + compressed"),
         ("combine_backward_kernel", "gating"),
         ("query_gradients_kernel", "query gradients"),
+        ("interval_attention_forward_hopper_kernel", "window + compressed"),
+        ("activation_gradient_kernel", "compression"),
+        ("list_numbers_kernel", "selected"),
         ("void at::native::CatArrayBatchedCopy_contig", OTHER),
     ],
 )
