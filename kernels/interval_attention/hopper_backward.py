@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 
 from ..common import INT_MAX, LOG2_E
 from ..hopper import fetchable, tiles
+from ..rings import make_barriers
 
 # Keys of a warp group, query rows of a tile, slots of the ring.
 _KEYS, _ROWS, _SLOTS = 64, 64, 4
@@ -182,13 +183,9 @@ def interval_attention_backward_dkv_hopper_kernel(
     q_ring = gl.allocate_shared_memory(dtype, [STAGES, TOKENS, HEADS, DK], q_desc.layout)
     do_ring = gl.allocate_shared_memory(dtype, [STAGES, TOKENS, HEADS, DV], do_desc.layout)
     stats_ring = gl.allocate_shared_memory(gl.float32, [2 * STAGES, ROWS], stats_desc.layout)
-    kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(kv_full, count=1)
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=2)
+    kv_full = make_barriers(1, 1).index(0)
+    full = make_barriers(STAGES, 1)
+    empty = make_barriers(STAGES, 2)
     shared = (k_smem, v_smem, q_ring, do_ring, stats_ring, kv_full, full, empty)
     rest = (q_begin_ptr, q_end_ptr, dk_ptr, dv_ptr, first, last, key, num_keys, group, split, scale, scale_log2)
     gl.warp_specialize([

@@ -28,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..common import INT_MAX, LN_2, LOG2_E, split_width
 from ..hopper import fetchable, multiprocessors, shared_layout, tiles
+from ..rings import make_barriers
 
 # Query rows of a warp group, and warp groups of a program.
 GROUP_ROWS = gl.constexpr(64)
@@ -339,20 +340,12 @@ def interval_attention_forward_hopper_kernel(
     else:
         q_tail_bufs = q_bufs
         k_tail_bufs = k_bufs
-    q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for c in gl.static_range(CONSUMERS):
-        mbarrier.init(q_full.index(c), count=1)
-        mbarrier.init(q_empty.index(c), count=1)
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(slot), count=1)
-        mbarrier.init(v_full.index(slot), count=1)
-        mbarrier.init(k_empty.index(slot), count=CONSUMERS)
-        mbarrier.init(v_empty.index(slot), count=CONSUMERS)
+    q_full = make_barriers(CONSUMERS, 1)
+    q_empty = make_barriers(CONSUMERS, 1)
+    k_full = make_barriers(STAGES, 1)
+    k_empty = make_barriers(STAGES, CONSUMERS)
+    v_full = make_barriers(STAGES, 1)
+    v_empty = make_barriers(STAGES, CONSUMERS)
     fence_async_shared()
     # Compile-time constants stand apart: in a tuple that has a name they are forgotten to be such.
     pointers = (q_ptr, out_ptr, lse_ptr)

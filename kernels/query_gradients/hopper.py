@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..common import INT_MAX, LOG2_E
 from ..hopper import fetchable, tiles
+from ..rings import make_barriers
 from ..selected_attention.unions import build_unions
 
 # Triton 3.7 renamed it.
@@ -252,11 +253,8 @@ def query_gradients_hopper_kernel(
     dtype: gl.constexpr = q_desc.dtype
     k_ring = gl.allocate_shared_memory(dtype, [STAGES, KEYS, 1, DK], win_k.layout)
     v_ring = gl.allocate_shared_memory(dtype, [STAGES, KEYS, 1, DV], win_v.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=WARP_GROUPS)
+    full = make_barriers(STAGES, 1)
+    empty = make_barriers(STAGES, WARP_GROUPS)
     ring = (k_ring, v_ring, full, empty)
     row_pointers = (win_begin_ptr, win_end_ptr, cmp_begin_ptr, cmp_end_ptr, position_ptr, key_start_ptr)
     win_stats = (win_shift_ptr, win_delta_ptr)
