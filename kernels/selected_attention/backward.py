@@ -25,6 +25,7 @@ from ..common import (
     widths,
     zeros_wide,
 )
+from ..hopper import on_hopper
 from ..interval_attention.backward import (
     add_queries,
     add_score_gradients,
@@ -363,12 +364,14 @@ def selected_attention_backward_dkv(
     base_group: int = 0,
     config: TileConfig | None = None,
     workspace_bytes: int = _WORKSPACE_BYTES,
+    hopper: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dk [S, G, Dk] and dv [S, G, Dv] of :func:`selected_attention_backward`, float32.
 
     Args:
         visitors: the queries of each block, of these G groups or of more.
         base_group: number, among the groups of ``visitors``, of the first group here.
+        hopper: let ``hopper_backward.py`` do it where it can, unless ``config`` is given. Off: compiled, not yet run on a GPU.
     """
     (tokens, num_heads, dk_width), (num_keys, groups, dv_width) = q.shape, v.shape
     heads = check_heads(num_heads, groups)
@@ -379,19 +382,29 @@ def selected_attention_backward_dkv(
         return dk, dv
     q, k, v, do = channels_last(q), channels_last(k), channels_last(v), channels_last(do)
     shift, delta = shift.contiguous(), delta.contiguous()
+    hopper = hopper and config is None and on_hopper(q.device)
+    if hopper:
+        from . import hopper_backward
+
+        hopper = hopper_backward.takes(q, k, v, do, block_size)
     config = config or tile_config("selected_dkv", q.dtype, q.device, heads, max(dk_width, dv_width))
-    keys, parts = block_steps(block_size, config.keys)
+    keys, parts = (block_size, 1) if hopper else block_steps(block_size, config.keys)
     passes, dk_parts, dv_parts = _plan_passes(visitors, groups, keys * parts, dk_width, dv_width, workspace_bytes)
+    tables = (block_start, position, key_start)
     for start, stop in passes:
         first, last = base_group + start, base_group + stop
-        selected_attention_backward_dkv_kernel[((last - first) * visitors.items_per_group * parts,)](
-            q, do, k, v, shift, delta, dk, dv, dk_parts, dv_parts,
-            visitors.queries, visitors.offsets, visitors.item_offsets, visitors.slot_offsets, visitors.item_lists,
-            block_start, position, key_start, *q.stride()[:2], *do.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-            num_keys, visitors.num_blocks, visitors.chunk, first, last, base_group, scale, scale * LOG2_E.value,
-            BLOCK=block_size, KEYS=keys, PARTS=parts, TOKENS=config.tokens(heads), ROWS=config.rows,
-            **widths(groups, heads, dk_width, dv_width), num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+        outputs = (dk, dv, dk_parts, dv_parts)
+        if hopper:
+            hopper_backward.launch_items(q, k, v, do, shift, delta, outputs, visitors, tables, (first, last, base_group), scale)
+        else:
+            selected_attention_backward_dkv_kernel[((last - first) * visitors.items_per_group * parts,)](
+                q, do, k, v, shift, delta, *outputs,
+                visitors.queries, visitors.offsets, visitors.item_offsets, visitors.slot_offsets, visitors.item_lists,
+                *tables, *q.stride()[:2], *do.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+                num_keys, visitors.num_blocks, visitors.chunk, first, last, base_group, scale, scale * LOG2_E.value,
+                BLOCK=block_size, KEYS=keys, PARTS=parts, TOKENS=config.tokens(heads), ROWS=config.rows,
+                **widths(groups, heads, dk_width, dv_width), num_warps=config.num_warps, num_stages=config.num_stages,
+            )  # fmt: skip
         selected_attention_backward_add_kernel[((last - first) * visitors.num_blocks * (keys * parts // 16),)](
             dk, dv, dk_parts, dv_parts, visitors.item_offsets, visitors.slot_offsets, block_start,
             num_keys, visitors.num_blocks, first, base_group,

@@ -25,6 +25,7 @@ from ..common import (
     widths,
     zeros_wide,
 )
+from ..hopper import on_hopper
 from ..interval_attention.forward import add_values, finish_rows
 from ..tuning import TileConfig, tile_config
 from .unions import build_unions
@@ -163,6 +164,7 @@ def selected_attention_forward(
     out: torch.Tensor | None = None,
     config: TileConfig | None = None,
     bulk: bool | None = None,
+    hopper: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal softmax attention over the tokens of each query's chosen blocks.
 
@@ -177,6 +179,8 @@ def selected_attention_forward(
         out: [T, N, Dv] to write to, channels contiguous, in place of a new tensor.
         config: tile shape instead of the table's.
         bulk: fetch keys and values by the copy engine, instead of where it can.
+        hopper: let ``hopper_forward.py`` do it where it can, unless ``config`` or ``bulk`` is given. Off: compiled, not
+            yet run on a GPU.
 
     Returns:
         ``out`` [T, N, Dv] in the dtype of q and ``lse`` float32 [T, N], natural logarithm; 0 and -inf where nothing is seen.
@@ -195,6 +199,12 @@ def selected_attention_forward(
     lse = torch.empty(tokens, num_heads, dtype=torch.float32, device=q.device)
     if tokens == 0:
         return out, lse
+    if hopper and config is None and bulk is None and on_hopper(q.device):
+        from . import hopper_forward
+
+        if hopper_forward.takes(q, k, v, block_size):
+            hopper_forward.selected_attention_forward(q, k, v, blocks, position, key_start, scale, out, lse)
+            return out, lse
     config = config or tile_config("selected_forward", q.dtype, q.device, heads, max(dk, dv))
     tile_tokens = config.tokens(heads)
     unions = build_unions(blocks, position, key_start, block_size, tile_tokens)
