@@ -96,12 +96,13 @@ def _recall_train(scale: str) -> TrainSettings:
 
 def _mqar(scale: str) -> Study:
     # Rows: length, pairs, questions, gap, stride, steps. At full length no window reaches from a question to a pair, not over all
-    # layers. Pairs stand so close that a compressed token holds five: at half as many the compressed branch alone reads them.
+    # layers. Pairs stand so close that a compressed token holds five: at half as many the compressed branch alone reads them. From
+    # the third row on they fill more blocks than a query chooses freely.
     if scale == "full":
         kinds = (64, 256, 64)
         schedule = _schedule(
-            32768, kinds, (64, 4, 32, 12, 3, 300), (256, 16, 96, 64, 3, 150), (1024, 64, 256, 288, 3, 150),
-            (4096, 256, 1024, 512, 3, 400), main=3,
+            32768, kinds, (64, 4, 32, 12, 3, 300), (256, 16, 96, 64, 3, 150), (1024, 96, 256, 288, 3, 150),
+            (4096, 128, 1024, 512, 3, 600), main=3,
         )  # fmt: skip
     elif scale == "mini":
         kinds = (32, 64, 32)
