@@ -35,8 +35,6 @@ class ModelSettings:
         ffn_hidden_size: width of the SwiGLU.
         shift: mix every token's embedding with that of the token before, channel by channel, with learned weights.
         equal_start: the branches' key and value projections start with the same weights (and part in training).
-        compressed_key_scale: factor of the compressed branch's key projection at the start: a mean of l independent keys is
-            sqrt(l) times shorter than one of them.
     """
 
     vocab_size: int
@@ -51,7 +49,6 @@ class ModelSettings:
     selection: Selection = "scored"
     shift: bool = False
     equal_start: bool = False
-    compressed_key_scale: float = 1.0
     nsa: NSAConfig = field(default_factory=NSAConfig)
     rotary: RotaryConfig = field(default_factory=RotaryConfig)
 
@@ -204,11 +201,10 @@ class Decoder(nn.Module):
             elif name.endswith("_proj.weight"):
                 scale = residual if name.endswith(("out_proj.weight", "down_proj.weight")) else 1.0
                 parameter.normal_(std=scale * parameter.shape[1] ** -0.5, generator=generator)
-        for attention in self.attentions:
-            by_branch = attention.kv_proj.weight.view(attention.kv_shape[0] // 2, 2, -1)
-            if self.settings.equal_start:
+        if self.settings.equal_start:
+            for attention in self.attentions:
+                by_branch = attention.kv_proj.weight.view(attention.kv_shape[0] // 2, -1)
                 by_branch.copy_(by_branch[:1].expand_as(by_branch).clone())
-            by_branch[0, 0] *= self.settings.compressed_key_scale
 
 
 def count_parameters(settings: ModelSettings) -> int:

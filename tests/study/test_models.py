@@ -52,6 +52,18 @@ def test_one_seed_gives_arms_the_same_weights_where_shapes_agree() -> None:
     assert not torch.equal(other["embedding.weight"], models["nsa"]["embedding.weight"])
 
 
+def test_branches_that_start_equal() -> None:
+    """Their keys and values agree at the start, those of the arm ``nsa`` do not; the first branch starts as there."""
+    by_branch = {
+        name: Decoder(model_of(ARM[name], BASE), seed=3).attentions[0].kv_proj.weight.unflatten(0, (3, -1))
+        for name in ("nsa", "equal_start")
+    }
+    equal, independent = by_branch["equal_start"], by_branch["nsa"]
+    assert torch.equal(equal[0], equal[1]) and torch.equal(equal[0], equal[2])
+    assert not torch.equal(independent[0], independent[1])
+    assert torch.equal(equal[0], independent[0])
+
+
 def logits(settings: ModelSettings, tokens: torch.Tensor, length: int) -> torch.Tensor:
     with torch.no_grad():
         return Decoder(settings, seed=1).double()(tokens, pack_layout(len(tokens) // length, length))

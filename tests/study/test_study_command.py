@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nsa_cp.cli.main import main
+from nsa_cp.study import arms
 
 ARMS = ("full", "nsa", "window", "random_blocks", "gate_branch")
 
@@ -67,9 +68,9 @@ def test_a_study_from_the_first_run_to_the_page(name: str, tmp_path: Path, capsy
 def test_every_arm_trains(capsys: pytest.CaptureFixture[str]) -> None:
     assert study("mqar", "--lrs", "0.004", "--seeds", "1") == 0
     made = records("mqar")
-    assert len(made) == 11 and {record["status"] for record in made} == {"done"}
+    assert len(made) == len(arms.ARMS) and {record["status"] for record in made} == {"done"}
     losses = {record["arm"]: record["test"]["loss"] for record in made}
-    assert len(set(losses.values())) == 11, "two arms that should differ gave the same"
+    assert len(set(losses.values())) == len(arms.ARMS), "two arms that should differ gave the same"
 
 
 def test_a_part_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
