@@ -312,7 +312,6 @@ def block_scores_hopper_kernel(
     q_empty = make_barriers(CONSUMERS, 1)
     k_full = make_barriers(STAGES, 1)
     k_empty = make_barriers(STAGES, CONSUMERS)
-    fence_async_shared()
     # Compile-time constants stand apart: in a tuple that has a name they are forgotten to be such.
     pointers = (q_ptr, lse_ptr, scores_ptr)
     strides = (q_stride_t, q_stride_h)

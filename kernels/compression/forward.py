@@ -4,7 +4,8 @@ The blocks overlap, so they are never laid out: the product of a flattened block
 in steps and reads each block's rows where they are. The position encoding adds a constant to that product.
 
 All products of compressed tokens are taken here, none by a library that picks its kernel by the number of rows: a compressed
-token has the same bits on every rank and in every split of the sequence, and with it the choice of blocks.
+token has the same bits on every rank and in every split of the sequence, and with it the choice of blocks. (Where a rank's chunk
+is shorter than l, ``nsa_cp.ops`` takes the torch path, which promises this only up to rounding.)
 """
 
 from __future__ import annotations

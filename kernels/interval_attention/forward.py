@@ -221,8 +221,7 @@ def interval_attention_forward(
 
         if hopper_forward.takes(q, k, v):
             return hopper_forward.interval_attention_forward(q, k, v, begin, end, scale)
-    stage = "short_forward" if span <= SHORT_SPAN else "interval_forward"
-    config = config or tile_config(stage, q.dtype, q.device, heads, max(dk, dv))
+    config = config or tile_config(_stage(span), q.dtype, q.device, heads, max(dk, dv))
     q, k, v = channels_last(q), channels_last(k), channels_last(v)
     bulk = copies_in_bulk(k, v) if bulk is None else bulk
     tile_tokens = config.tokens(heads)
@@ -242,10 +241,16 @@ def interval_lse(
 
     Keys stand in for values, as few channels of them as the kernel takes, so that the second product is cheap.
     """
-    hopper = False
-    if on_hopper(q.device):
+    if span > SHORT_SPAN and on_hopper(q.device):
         from . import hopper_forward
 
-        hopper = hopper_forward.suits(q.shape[2], dv)
-    stand_in = k[..., : 64 if hopper else 16]
-    return interval_attention_forward(q, k, stand_in, begin, end, scale, span=span, hopper=hopper)[1]
+        if hopper_forward.suits(q.shape[2], dv) and hopper_forward.takes(q, k, k[..., :64]):
+            return interval_attention_forward(q, k, k[..., :64], begin, end, scale, span=span)[1]
+    # Rows and warps of a tile decide in what order a row is summed: the tile shape is that of the real values.
+    heads = check_heads(q.shape[1], k.shape[1])
+    config = tile_config(_stage(span), q.dtype, q.device, heads, max(q.shape[2], dv))
+    return interval_attention_forward(q, k, k[..., :16], begin, end, scale, config=config)[1]
+
+
+def _stage(span: int) -> str:
+    return "short_forward" if span <= SHORT_SPAN else "interval_forward"

@@ -346,7 +346,6 @@ def interval_attention_forward_hopper_kernel(
     k_empty = make_barriers(STAGES, CONSUMERS)
     v_full = make_barriers(STAGES, 1)
     v_empty = make_barriers(STAGES, CONSUMERS)
-    fence_async_shared()
     # Compile-time constants stand apart: in a tuple that has a name they are forgotten to be such.
     pointers = (q_ptr, out_ptr, lse_ptr)
     strides = (q_stride_t, q_stride_h, out_stride_t, out_stride_h)

@@ -24,7 +24,8 @@ GIB = float(1 << 30)
 UNIT = 65536
 LINEAR = ("compression", "recompression", "selected", "window", "gating")
 QUADRATIC = ("compressed", "selection")
-# What dq takes of the branches' backward: 32.5 of 66.3 ms, profiled in the whole at 64k, 64/4 heads of 128 (docs/kernels.md).
+# What dq takes of the branches' backward: 32.5 of 66.3 ms, profiled in the whole at 64k, 64/4 heads of 128, before the Gluon
+# kernels (28.9 of 56.4 with them).
 QUERY_GRADIENT_SHARE = 0.49
 # Bytes that sorting the chosen blocks moves a block: four radix passes over an int32 key and an int64 place, read and written,
 # and about as much as half of that to make the keys and divide the places. Counted, not measured.
@@ -244,7 +245,7 @@ class CostModel:
             following = self._gather(lanes, raw, cp) if group + 1 < groups else 0.0
             self._arrive(lanes, raw_there, raw)
             lanes.compute(self._kernel("forward", "selected", tokens, cp) / groups)
-            # Of several groups each one's output is put in its place.
+            # Of several groups each one's output was put in its place when docs/benchmarks was measured; it is written there now.
             lanes.compute(self._copy(2 * out / groups if groups > 1 else 0.0))
             raw_there = following
         lanes.compute(self._kernel("forward", "gating", tokens, cp))
@@ -306,7 +307,8 @@ class CostModel:
             lanes.wait(summed)
             summed, raw_there = under_way, following
         lanes.wait(summed)
-        # Groups side by side: float32 gradients of the window's rows, and of own compressed and own selected rows.
+        # Groups side by side: float32 gradients of the window's rows, and of own compressed and own selected rows (these rounded
+        # on the way since docs/benchmarks was measured).
         joined = self._float32(2 * raw * groups + compressed) / cp
         lanes.compute(self._copy(2 * joined if groups > 1 else 0.0))
         lanes.compute(self._kernel("backward", "compression", tokens, cp))

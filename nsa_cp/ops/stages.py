@@ -149,7 +149,8 @@ def select_blocks(
 
     Args:
         q: [T, N, Dk]. k_cmp: [C, G, Dk].
-        lse: [T, N] from :func:`compressed_attention`; computed when not given and needed.
+        lse: [T, N] from :func:`compressed_attention`; computed when not given and needed, to the bit if Dv is Dk, or 128 where Dk
+            is more.
 
     Returns:
         int32 [T, G, n], block numbers within the document, ascending, -1 padded; ties go to the lowest index.
@@ -160,7 +161,9 @@ def select_blocks(
     check_heads(q, k_cmp)
     plan = _plan(q, config, cu_seqlens)
     check_rows(k_cmp=k_cmp, expected=plan.compressed_intervals.num_keys)
-    return select_blocks_forward(q, k_cmp, lse, plan, resolve_backend(backend, q), k_cmp.shape[-1])
+    # Values of another width than Dv may change the last bits of the lse, where none is given.
+    v_dim = min(k_cmp.shape[-1], 128)
+    return select_blocks_forward(q, k_cmp, lse, plan, resolve_backend(backend, q), v_dim)
 
 
 def selected_attention(

@@ -97,7 +97,7 @@ def _recall_train(scale: str) -> TrainSettings:
 def _mqar(scale: str) -> Study:
     # Rows: length, pairs, questions, gap, stride, steps. At full length no window reaches from a question to a pair, not over all
     # layers. Pairs stand so close that a compressed token holds five: at half as many the compressed branch alone reads them.
-    # From the third row on they fill more blocks than a query chooses freely.
+    # At full scale, from the third row on, they fill more blocks than a query chooses freely.
     if scale == "full":
         kinds = (64, 256, 64)
         schedule = _schedule(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nsa_cp.kernels.interval_attention.backward import interval_attention_backward
-from nsa_cp.kernels.interval_attention.forward import interval_attention_forward
+from nsa_cp.kernels.interval_attention.forward import interval_attention_forward, interval_lse
 from nsa_cp.kernels.tuning import TileConfig
 from nsa_cp.testing import assert_close
 
@@ -218,6 +218,16 @@ def test_same_bits_twice_and_in_any_tile(device: str) -> None:
     assert torch.equal(out[11:], cut[0]) and torch.equal(lse[11:], cut[1])
     first, second = (run_backward(tensors, rows, gate, 0.3, splits=3) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("dv", [32, 96])
+def test_the_lse_alone_has_the_bits_of_the_whole(dv: int, device: str) -> None:
+    """Also where the values are wider than the keys, and decide the tile shape."""
+    (q, k, _, _), rows, _ = make_inputs("window-2heads", torch.float32, device)
+    v = torch.randn(*k.shape[:2], dv, device=device)
+    for span in (16, 1 << 30):
+        lse = interval_attention_forward(q, k, v, rows.begin, rows.end, 0.3, span=span)[1]
+        assert torch.equal(lse, interval_lse(q, k, rows.begin, rows.end, 0.3, dv, span=span))
 
 
 def test_gradients_add_up_over_shards(device: str) -> None:
