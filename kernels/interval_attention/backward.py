@@ -416,7 +416,7 @@ def interval_attention_backward_dkv(
     bulk = whole and (copies_in_bulk(q, do) if bulk is None else bulk)
     dk_split, dv_split = split_width(dk_width), split_width(dv_width)
     programs = triton.cdiv(num_keys, config.keys) * groups
-    splits = splits or max(1, min(_MOST_SPLITS, _WANTED_PROGRAMS // programs))
+    splits = splits or query_splits(programs)
     dk = torch.empty(splits, *k.shape, dtype=torch.float32, device=q.device)
     dv = torch.empty(splits, *v.shape, dtype=torch.float32, device=q.device)
     interval_attention_backward_dkv_kernel[(programs * splits,)](
@@ -428,3 +428,8 @@ def interval_attention_backward_dkv(
         **widths(groups, heads, dk_width, dv_width), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return (dk[0], dv[0]) if splits == 1 else (dk.sum(0), dv.sum(0))
+
+
+def query_splits(programs: int) -> int:
+    """Shares each key tile's queries are cut into, so that ``programs`` key tiles and groups fill a GPU."""
+    return max(1, min(_MOST_SPLITS, _WANTED_PROGRAMS // programs))

@@ -22,11 +22,10 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from ..common import INT_MAX, LOG2_E
 from ..hopper import fetchable, tiles
 from ..rings import make_barriers
+from .backward import query_splits
 
 # Keys of a warp group, query rows of a tile, slots of the ring.
 _KEYS, _ROWS, _SLOTS = 64, 64, 4
-# Splits of the queries: as many as bring about so many programs, at most so many.
-_WANTED_PROGRAMS, _MOST_SPLITS = 1024, 16
 
 
 @gluon.jit
@@ -237,7 +236,7 @@ def interval_attention_backward_dkv(
     heads = num_heads // groups
     stats = pack_statistics(shift, delta, groups)
     programs = triton.cdiv(num_keys, 2 * _KEYS) * groups
-    splits = splits or max(1, min(_MOST_SPLITS, _WANTED_PROGRAMS // programs))
+    splits = splits or query_splits(programs)
     dk = torch.empty(splits, *k.shape, dtype=torch.float32, device=q.device)
     dv = torch.empty(splits, *v.shape, dtype=torch.float32, device=q.device)
     interval_attention_backward_dkv_hopper_kernel[(programs * splits,)](

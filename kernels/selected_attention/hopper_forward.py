@@ -281,7 +281,6 @@ def selected_attention_forward_hopper_kernel(
     k_empty = make_barriers(STAGES, CONSUMERS)
     v_full = make_barriers(STAGES, 1)
     v_empty = make_barriers(STAGES, CONSUMERS)
-    fence_async_shared()
     # Compile-time constants stand apart: in a tuple that has a name they are forgotten to be such.
     tables = (entries_ptr, counts_ptr, position_ptr, key_start_ptr)
     sizes = (num_tokens, num_groups)
