@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 -m nsa_cp.cli.main bench context-parallel --csv docs/benchmarks/context_parallel.csv
 
-Strong scaling: the same sequence on one GPU and on all. Efficiency is one GPU's time / CP over the time under CP. Exposed
+Strong scaling: the same sequence on one GPU and on all. Efficiency is one GPU's time / GPUs over the time on all. With tensor
+parallelism the heads are divided too; its own communication is outside the attention and not measured here. Exposed
 communication is the time under CP less the time of the same work with every transfer answered from memory at once
 (``replay.py``); it holds waiting, and what kernels lose to the transfers that run beside them.
 """
@@ -34,8 +35,8 @@ class Row:
     """One line of ``docs/benchmarks/context_parallel.csv``: times in milliseconds, memory a rank in GiB.
 
     Times and memory are those of the slowest and fullest rank. Memory is the peak of allocations, inputs included: of a
-    forward, or (pass backward) of forward and backward together. One GPU's own row has cp 1 and comm ``none``. Where one GPU
-    cannot hold the sequence, ``one_gpu_p50_ms`` and ``efficiency`` are nan.
+    forward, or (pass backward) of forward and backward together. Heads are those of all tensor-parallel ranks. One GPU's own
+    row has cp 1, tp 1 and comm ``none``. Where one GPU cannot hold the sequence, ``one_gpu_p50_ms`` and ``efficiency`` are nan.
     """
 
     seq_len: int
@@ -44,6 +45,7 @@ class Row:
     qk_dim: int
     v_dim: int
     cp: int
+    tp: int
     layout: str
     comm: str
     # `pass` is a keyword of Python; the CSV header says pass.
@@ -71,17 +73,32 @@ class Settings:
     """What all measurements of a run share.
 
     Attributes:
+        heads: of the whole model, over all tensor-parallel ranks.
+        world: all processes, CP x TP.
+        group: the context-parallel group of this process; the processes of ``world`` are divided into as many as there are
+            tensor-parallel ranks.
         repetitions: of each timing, at most.
-        seconds: of each timing, about: long sequences are repeated less often, but three times at least.
+        seconds: of each timing, about: long sequences are repeated less often, but three times at least unless one takes longer.
     """
 
     heads: HeadLayout
     config: NSAConfig
     dtype: torch.dtype
     device: torch.device
+    world: dist.ProcessGroup
     group: dist.ProcessGroup
     repetitions: int = 10
     seconds: float = 3.0
+
+    @property
+    def tp(self) -> int:
+        """Tensor-parallel ranks."""
+        return self.world.size() // self.group.size()
+
+    @property
+    def local_heads(self) -> HeadLayout:
+        """Heads of one tensor-parallel rank."""
+        return self.heads.shard(self.tp)
 
 
 class _Figures(NamedTuple):
@@ -100,7 +117,7 @@ def run_context_parallel_benchmark(
     """Measure every combination on all ranks of the group; every rank gets the same rows. Collective."""
     machine = machine_facts(settings.device)
     facts = {"gpu": machine["gpu"], "commit": machine["commit"], **asdict(settings.heads)}
-    cp = settings.group.size()
+    cp, tp = settings.group.size(), settings.tp
     for seq_len in seq_lens:
         alone = _measure_alone(seq_len, settings)
         unknown = dict.fromkeys(PASSES, float("nan"))
@@ -109,7 +126,7 @@ def run_context_parallel_benchmark(
             times = {"p50_ms": round(alone.times[pass_], 4), "one_gpu_p50_ms": round(alone.times[pass_], 4)}
             yield Measured(
                 Row(
-                    seq_len, cp=1, layout=settings.config.layout, comm=ONE_GPU, pass_=pass_, **times, efficiency=1.0,
+                    seq_len, cp=1, tp=1, layout=settings.config.layout, comm=ONE_GPU, pass_=pass_, **times, efficiency=1.0,
                     exposed_ms=0.0, peak_gib=round(alone.peaks[pass_], 3), **facts,
                 ), 0, 0, 0.0,
             )  # fmt: skip
@@ -120,8 +137,9 @@ def run_context_parallel_benchmark(
                 for pass_ in PASSES:
                     time = together.times[pass_]
                     row = Row(
-                        seq_len, cp=cp, layout=kind, comm=comm, pass_=pass_, p50_ms=round(time, 4),
-                        one_gpu_p50_ms=round(reference[pass_], 4), efficiency=round(reference[pass_] / cp / time, 4),
+                        seq_len, cp=cp, tp=tp, layout=kind, comm=comm, pass_=pass_, p50_ms=round(time, 4),
+                        one_gpu_p50_ms=round(reference[pass_], 4),
+                        efficiency=round(reference[pass_] / (cp * tp) / time, 4),
                         exposed_ms=round(time - together.silent[pass_], 4), peak_gib=round(together.peaks[pass_], 3), **facts,
                     )  # fmt: skip
                     yield Measured(row, *together.traffic[pass_], together.remote_blocks_needed)
@@ -137,7 +155,7 @@ def _measure_alone(seq_len: int, settings: Settings) -> _Figures | None:
     if settings.device.type == "cuda":
         torch.cuda.empty_cache()
     fit = torch.tensor(float(fits), device=settings.device)
-    dist.all_reduce(fit, dist.ReduceOp.MIN, group=settings.group)
+    dist.all_reduce(fit, dist.ReduceOp.MIN, group=settings.world)
     return _slowest(figures, settings) if bool(fit) else None
 
 
@@ -187,9 +205,10 @@ def make_step(seq_len: int, settings: Settings) -> Callable[[], object]:
 def _shard(seq_len: int, settings: Settings, group: dist.ProcessGroup | None) -> tuple[SequenceLayout, AttentionInputs]:
     """Inputs of a shard, not a shard of inputs: all are random, and one rank need not hold the whole."""
     size, rank = (1, 0) if group is None else (group.size(), group.rank())
+    heads = settings.heads if group is None else settings.local_heads
     layout = SequenceLayout.build(seq_len, cp_size=size, cp_rank=rank, kind=settings.config.layout)
     tokens, device, dtype = layout.num_local_tokens, settings.device, settings.dtype
-    return layout, make_inputs(settings.config, settings.heads, tokens, "random", seed=rank, device=device, dtype=dtype)
+    return layout, make_inputs(settings.config, heads, tokens, "random", seed=rank, device=device, dtype=dtype)
 
 
 def _attend(x: AttentionInputs, config: NSAConfig, layout: SequenceLayout, group: dist.ProcessGroup | None) -> NSAOutput:
@@ -207,10 +226,15 @@ def _replayed(call: Callable[[], object], recorded: RecordedTransfers) -> None:
 
 def _time(call: Callable[[], object], settings: Settings, group: dist.ProcessGroup | None) -> tuple[float, int]:
     """The median in ms, and the repetitions it was taken from, which under ``group`` must be those of all ranks."""
-    once = torch.tensor(measure(lambda _: call(), settings.device, repetitions=1, warmup=1).p50_ms, device=settings.device)
+    # Calls before this one, for memory and traffic, have warmed up.
+    once = measure(lambda _: call(), settings.device, repetitions=1, warmup=0).p50_ms
+    slowest = torch.tensor(once, device=settings.device)
     if group is not None:
-        dist.all_reduce(once, dist.ReduceOp.MAX, group=group)
-    repetitions = min(settings.repetitions, max(3, int(settings.seconds * 1e3 / max(float(once), 1e-3))))
+        dist.all_reduce(slowest, dist.ReduceOp.MAX, group=settings.world)
+    fitting = settings.seconds * 1e3 / max(float(slowest), 1e-3)
+    if fitting < 1:
+        return once, 1
+    repetitions = min(settings.repetitions, max(3, int(fitting)))
     return measure(lambda _: call(), settings.device, repetitions=repetitions, warmup=1).p50_ms, repetitions
 
 
@@ -223,7 +247,7 @@ def _slowest(figures: _Figures, settings: Settings) -> _Figures:
     }
     flat = [float(x) for values in named.values() for x in (values if isinstance(values, tuple) else (values,))]
     largest = torch.tensor([*flat, figures.remote_blocks_needed], dtype=torch.float64, device=settings.device)
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=settings.group)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=settings.world)
     left = iter(largest.tolist())
     found: dict[str, dict] = {name: {} for name in figures._fields[:4]}
     for (name, pass_), values in named.items():

@@ -55,7 +55,7 @@ def check_against_one_gpu(seq_len: int, settings: Settings) -> Check | None:
     except torch.cuda.OutOfMemoryError:
         fits = False
     fit = torch.tensor(float(fits), device=settings.device)
-    dist.all_reduce(fit, dist.ReduceOp.MIN, group=settings.group)
+    dist.all_reduce(fit, dist.ReduceOp.MIN, group=settings.world)
     if not bool(fit) or alone is None:
         return None
     group = settings.group
@@ -76,8 +76,8 @@ def check_against_one_gpu(seq_len: int, settings: Settings) -> Check | None:
     ]
     counts = torch.tensor([int(differing.sum()), differing.numel()], device=settings.device)
     worst = torch.tensor(errors, dtype=torch.float64, device=settings.device)
-    dist.all_reduce(counts, group=group)
-    dist.all_reduce(worst, dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(counts, group=settings.world)
+    dist.all_reduce(worst, dist.ReduceOp.MAX, group=settings.world)
     return Check(*counts.tolist(), *worst.tolist(), TOLERANCE[settings.dtype.itemsize])
 
 
@@ -94,7 +94,7 @@ def _relative_error(actual: Sequence[torch.Tensor], expected: Sequence[torch.Ten
 
 def _whole(seq_len: int, settings: Settings) -> AttentionInputs:
     """The same on every rank."""
-    config, heads, device, dtype = settings.config, settings.heads, settings.device, settings.dtype
+    config, heads, device, dtype = settings.config, settings.local_heads, settings.device, settings.dtype
     x = make_inputs(config, heads, seq_len, "random", seed=0, device=device, dtype=dtype)
     generator = torch.Generator().manual_seed(0)
 

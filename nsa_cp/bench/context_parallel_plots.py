@@ -12,7 +12,7 @@ from nsa_cp.bench.plots import _INK, _MUTED, _STAGE_COLOURS, _axes, _finish, _le
 
 
 def plot_context_parallel(path: Path, folder: Path) -> list[Path]:
-    """Draw what the CSV of ``nsa-cp bench context-parallel`` holds; returns the PNG files written to ``folder``."""
+    """Draw what the CSV of ``nsa-cp bench context-parallel`` holds; returns the PNG files, named after it, in ``folder``."""
     with path.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     parallel = [row for row in rows if row["comm"] != ONE_GPU]
@@ -21,28 +21,31 @@ def plot_context_parallel(path: Path, folder: Path) -> list[Path]:
     if known:
         title = "Strong scaling: one GPU's time / GPUs over the time on all"
         drawn.append(
-            _plot(
-                known, title, "per cent", lambda row: 100 * float(row["efficiency"]), folder / "context_parallel_efficiency.png"
-            )
+            _plot(known, title, "per cent", lambda row: 100 * float(row["efficiency"]), folder / f"{path.stem}_efficiency.png")
         )
     if parallel:
         drawn.append(
             _plot(
                 parallel, "Exposed communication", "per cent of the time",
-                lambda row: 100 * float(row["exposed_ms"]) / float(row["p50_ms"]), folder / "context_parallel_exposed.png",
+                lambda row: 100 * float(row["exposed_ms"]) / float(row["p50_ms"]), folder / f"{path.stem}_exposed.png",
             )
         )  # fmt: skip
         backward = [row for row in rows if row["pass"] == "backward"]
         title = "Peak memory a rank, forward and backward, inputs included"
-        drawn.append(_plot(backward, title, "GiB", lambda row: float(row["peak_gib"]), folder / "context_parallel_memory.png"))
+        drawn.append(_plot(backward, title, "GiB", lambda row: float(row["peak_gib"]), folder / f"{path.stem}_memory.png"))
     return drawn
+
+
+def _name(row: dict[str, str]) -> str:
+    split = f"CP {row['cp']}" + (f" x TP {row['tp']}" if row["tp"] != "1" else "")
+    return f"{split}, {row['layout']}, {row['comm'].replace('_', '-')}"
 
 
 def _plot(rows: list[dict[str, str]], title: str, ylabel: str, value: Callable[[dict[str, str]], float], path: Path) -> Path:
     """One line for each number of GPUs, layout and transport (a colour) and pass (forward dashed)."""
     series: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
     for row in rows:
-        name = "1 GPU" if row["comm"] == ONE_GPU else f"{row['cp']} GPUs, {row['layout']}, {row['comm'].replace('_', '-')}"
+        name = "1 GPU" if row["comm"] == ONE_GPU else _name(row)
         series[name, row["pass"]][int(row["seq_len"])] = value(row)
     names = list(dict.fromkeys(name for name, _ in series))
     figure, axes = _axes(title, ylabel)

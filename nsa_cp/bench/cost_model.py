@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from nsa_cp.bench.inputs import HeadLayout
@@ -92,6 +92,16 @@ class KernelTimes:
     ms: Mapping[tuple[str, str], float]
     bytes_per_token: Mapping[str, float]
     copy_bytes_per_ms: float = 2.5e9
+
+    def shard(self, ranks: int) -> KernelTimes:
+        """Of one of so many tensor-parallel ranks: its part of the heads, time and memory.
+
+        Raises:
+            ValueError: groups that do not divide over them.
+        """
+        ms = {key: value / ranks for key, value in self.ms.items()}
+        memory = {pass_: value / ranks for pass_, value in self.bytes_per_token.items()}
+        return replace(self, heads=self.heads.shard(ranks), ms=ms, bytes_per_token=memory)
 
     def at(self, pass_: str, stage: str, tokens: int) -> float:
         """Milliseconds of a stage for a sequence of ``tokens`` on one GPU."""

@@ -17,7 +17,7 @@ from nsa_cp.bench.inputs import HeadLayout
 _HEADS = ("num_heads", "num_groups", "qk_dim", "v_dim")
 # What is read of either file.
 ATTENTION_COLUMNS = ("seq_len", *_HEADS, "inputs", "impl", "stage", "pass", "p50_ms", "peak_gib")
-PARALLEL_COLUMNS = ("seq_len", *_HEADS, "cp", "layout", "comm", "pass", "p50_ms", "exposed_ms", "peak_gib")
+PARALLEL_COLUMNS = ("seq_len", *_HEADS, "cp", "tp", "layout", "comm", "pass", "p50_ms", "exposed_ms", "peak_gib")
 
 
 class Compared(NamedTuple):
@@ -25,6 +25,7 @@ class Compared(NamedTuple):
 
     seq_len: int
     cp: int
+    tp: int
     layout: str
     comm: str
     pass_: str
@@ -108,10 +109,10 @@ def compare(rows: Sequence[dict[str, str]], model: CostModel) -> Iterator[Compar
         if row["comm"] == ONE_GPU or _heads(row) != model.kernels.heads:
             continue
         config = replace(model.config, layout=row["layout"], compressed_comm=row["comm"])
-        seq_len, cp = int(row["seq_len"]), int(row["cp"])
-        predicted = replace(model, config=config).predict(row["pass"], seq_len, cp)
+        seq_len, cp, tp = int(row["seq_len"]), int(row["cp"]), int(row["tp"])
+        predicted = replace(model, config=config, kernels=model.kernels.shard(tp)).predict(row["pass"], seq_len, cp)
         yield Compared(
-            seq_len, cp, row["layout"], row["comm"], row["pass"], float(row["p50_ms"]), predicted.ms,
+            seq_len, cp, tp, row["layout"], row["comm"], row["pass"], float(row["p50_ms"]), predicted.ms,
             float(row["exposed_ms"]), predicted.exposed_ms, float(row["peak_gib"]), predicted.peak_gib,
         )  # fmt: skip
 

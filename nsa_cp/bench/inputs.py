@@ -59,6 +59,18 @@ class HeadLayout:
             )
         return cls(num_heads, num_groups, qk_dim, v_dim)
 
+    def shard(self, ranks: int) -> HeadLayout:
+        """The part of each of so many tensor-parallel ranks.
+
+        Raises:
+            ValueError: groups that do not divide over them.
+        """
+        if self.num_groups % ranks:
+            raise ValueError(
+                f"{self.num_groups} K/V groups do not divide over {ranks} tensor-parallel ranks; use a divisor of {self.num_groups}"
+            )
+        return replace(self, num_heads=self.num_heads // ranks, num_groups=self.num_groups // ranks)
+
     def __str__(self) -> str:
         """The form that :meth:`parse` reads."""
         dims = f"{self.qk_dim}" if self.qk_dim == self.v_dim else f"{self.qk_dim}/{self.v_dim}"

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 from nsa_cp.training.errors import UserError, as_user_error
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
+
     from nsa_cp.bench.context_parallel import Measured, Settings
     from nsa_cp.bench.cost_model import CostModel
 
@@ -77,7 +79,9 @@ def _add_context_parallel(kinds: argparse._SubParsersAction) -> None:
     parallel.add_argument("--layouts", nargs="+", default=["zigzag"], choices=["zigzag", "contiguous"])
     parallel.add_argument("--comms", nargs="+", default=["all_gather", "ring"], choices=["ring", "all_gather"])
     parallel.add_argument("--repetitions", type=positive, default=10, help="of each timing, at most")
-    parallel.add_argument("--seconds", type=float, default=3.0, help="of each timing, about; three repetitions at least")
+    parallel.add_argument(
+        "--seconds", type=float, default=3.0, help="of each timing, about; three repetitions at least unless one takes longer"
+    )
     parallel.add_argument("--csv", type=Path, default=None, metavar="FILE", help="write the rows, and plots beside them")
     parallel.add_argument(
         "--check", action="store_true", help="compare blocks, outputs and gradients with one GPU's on one input, and time nothing"
@@ -128,7 +132,10 @@ def _add_cost_model(kinds: argparse._SubParsersAction) -> None:
 
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--heads", default="64/4x128", metavar="N/GxD[/Dv]")
+    parser.add_argument("--heads", default="64/4x128", metavar="N/GxD[/Dv]", help="of the whole model")
+    parser.add_argument(
+        "--tp", type=positive, default=1, help="tensor-parallel ranks, which divide the heads; the rest of the processes is CP"
+    )
     for name in _SETTINGS:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=None, metavar="N")
 
@@ -147,8 +154,12 @@ def _joined(arguments: argparse.Namespace) -> Iterator[Settings]:
         raise UserError(f"bench {arguments.benchmark} runs under torchrun: {_TORCHRUN} {arguments.benchmark}")
     with as_user_error():
         heads = HeadLayout.parse(arguments.heads)
+        heads.shard(arguments.tp)
         given = {name: getattr(arguments, name) for name in _SETTINGS if getattr(arguments, name) is not None}
         config = replace(NSAConfig(), **given)
+    processes = int(os.environ["WORLD_SIZE"])
+    if processes % arguments.tp:
+        raise UserError(f"--tp {arguments.tp} does not divide {processes} processes; use a divisor of {processes}")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     dtype = torch.bfloat16 if cuda else torch.float32
@@ -158,10 +169,21 @@ def _joined(arguments: argparse.Namespace) -> Iterator[Settings]:
     if ours:
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     try:
-        yield Settings(heads, config, dtype, device, dist.group.WORLD)
+        yield Settings(heads, config, dtype, device, dist.group.WORLD, _context_parallel_group(arguments.tp))
     finally:
         if ours:
             dist.destroy_process_group()
+
+
+def _context_parallel_group(tp: int) -> dist.ProcessGroup:
+    """This process's; neighbouring ranks are tensor-parallel ones, as Megatron orders them."""
+    import torch.distributed as dist
+
+    if tp == 1:
+        return dist.group.WORLD
+    world = range(dist.get_world_size())
+    groups = [dist.new_group(list(world[first::tp])) for first in range(tp)]
+    return groups[dist.get_rank() % tp]
 
 
 def _context_parallel(arguments: argparse.Namespace) -> int:
@@ -170,7 +192,7 @@ def _context_parallel(arguments: argparse.Namespace) -> int:
     from nsa_cp.bench.rows import write_csv
 
     with _joined(arguments) as settings:
-        first = settings.group.rank() == 0
+        first = settings.world.rank() == 0
         if arguments.check:
             return _check(arguments, settings)
         settings = replace(settings, repetitions=arguments.repetitions, seconds=arguments.seconds)
@@ -192,7 +214,7 @@ def _context_parallel(arguments: argparse.Namespace) -> int:
 
 def _line(measured: Measured) -> str:
     row = measured.row
-    start = f"{row.seq_len:>8} cp {row.cp:<3} {row.layout:>10} {row.comm:>10} {row.pass_:>8} {row.p50_ms:>10.3f} ms"
+    start = f"{row.seq_len:>8} cp {row.cp:<3} tp {row.tp} {row.layout:>10} {row.comm:>10} {row.pass_:>8} {row.p50_ms:>10.3f} ms"
     if row.cp == 1:
         return f"{start}, {row.peak_gib} GiB"
     alone = "one GPU cannot hold it"
@@ -222,8 +244,8 @@ def _check(arguments: argparse.Namespace, settings: Settings) -> int:
                         f"of the output {check.out_error:.2e}, of gradients {check.gradient_error:.2e}, of the compressors' "
                         f"parameters, summed over ranks, {check.weight_error:.2e} (at most {check.tolerance:.0e})"
                     )
-                if settings.group.rank() == 0:
-                    print(f"{seq_len:>8} cp {settings.group.size()} {kind:>10} {comm:>10} {told}", flush=True)
+                if settings.world.rank() == 0:
+                    print(f"{seq_len:>8} cp {settings.group.size()} tp {settings.tp} {kind:>10} {comm:>10} {told}", flush=True)
     return 1 if wrong else 0
 
 
@@ -240,9 +262,9 @@ def _timeline(arguments: argparse.Namespace) -> int:
         step = make_step(arguments.seq_len, replace(settings, config=config))
         for _ in range(3):
             step()
-        ranks = [None] * settings.group.size()
+        ranks = [None] * settings.world.size()
         dist.all_gather_object(ranks, trace_kernels(step, dist.barrier))
-        if settings.group.rank() == 0:
+        if settings.world.rank() == 0:
             for rank, kernels in enumerate(ranks):
                 overlap = overlap_of(kernels)
                 print(
@@ -305,7 +327,7 @@ def _check_model(arguments: argparse.Namespace, measured: list[dict[str, str]], 
         )
     for point in compared:
         print(
-            f"{point.seq_len:>8} cp {point.cp:<3} {point.layout:>10} {point.comm:>10} {point.pass_:>8} measured "
+            f"{point.seq_len:>8} cp {point.cp:<3} tp {point.tp} {point.layout:>10} {point.comm:>10} {point.pass_:>8} measured "
             f"{point.measured_ms:.2f} ms, predicted {point.predicted_ms:.2f} ({point.error:+.1%}); exposed "
             f"{point.measured_exposed_ms:.2f}, predicted {point.predicted_exposed_ms:.2f}; memory "
             f"{point.measured_gib:.1f} GiB, predicted {point.predicted_gib:.1f}"

@@ -20,7 +20,7 @@ from nsa_cp.ops import NSAOutput, native_sparse_attention, pipeline
 from nsa_cp.testing.cases import make_problem, solve
 
 HEADER = (
-    "seq_len,num_heads,num_groups,qk_dim,v_dim,cp,layout,comm,pass,p50_ms,one_gpu_p50_ms,efficiency,exposed_ms,peak_gib,gpu,"
+    "seq_len,num_heads,num_groups,qk_dim,v_dim,cp,tp,layout,comm,pass,p50_ms,one_gpu_p50_ms,efficiency,exposed_ms,peak_gib,gpu,"
     "commit"
 )
 SIZES = [

@@ -197,7 +197,7 @@ def _files(folder: Path) -> tuple[Path, Path]:
     ]
     parallel = [
         {
-            "seq_len": n * UNIT, **heads, "cp": cp, "layout": "zigzag", "comm": "none" if cp == 1 else "all_gather",
+            "seq_len": n * UNIT, **heads, "cp": cp, "tp": 1, "layout": "zigzag", "comm": "none" if cp == 1 else "all_gather",
             "pass": pass_, "p50_ms": (31 * n + 10 * n * n) / cp * (1 if cp == 1 else 1.25), "exposed_ms": 0.5, "peak_gib": n / cp,
         }
         for n in (1, 4) for cp in (1, 2) for pass_ in ("forward", "backward")
