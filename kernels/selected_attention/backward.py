@@ -364,14 +364,14 @@ def selected_attention_backward_dkv(
     base_group: int = 0,
     config: TileConfig | None = None,
     workspace_bytes: int = _WORKSPACE_BYTES,
-    hopper: bool = False,
+    hopper: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dk [S, G, Dk] and dv [S, G, Dv] of :func:`selected_attention_backward`, float32.
 
     Args:
         visitors: the queries of each block, of these G groups or of more.
         base_group: number, among the groups of ``visitors``, of the first group here.
-        hopper: let ``hopper_backward.py`` do it where it can, unless ``config`` is given. Off: compiled, not yet run on a GPU.
+        hopper: let ``hopper_backward.py`` do it where it can, unless ``config`` is given.
     """
     (tokens, num_heads, dk_width), (num_keys, groups, dv_width) = q.shape, v.shape
     heads = check_heads(num_heads, groups)

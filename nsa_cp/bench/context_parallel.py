@@ -226,6 +226,9 @@ def _replayed(call: Callable[[], object], recorded: RecordedTransfers) -> None:
 
 def _time(call: Callable[[], object], settings: Settings, group: dist.ProcessGroup | None) -> tuple[float, int]:
     """The median in ms, and the repetitions it was taken from, which under ``group`` must be those of all ranks."""
+    if group is not None:
+        # A rank with less to do would count its waiting for the others to finish what came before.
+        dist.all_reduce(torch.zeros(1, device=settings.device), group=settings.world)
     # Calls before this one, for memory and traffic, have warmed up.
     once = measure(lambda _: call(), settings.device, repetitions=1, warmup=0).p50_ms
     slowest = torch.tensor(once, device=settings.device)
