@@ -167,7 +167,8 @@ def _joined(arguments: argparse.Namespace) -> Iterator[Settings]:
         torch.cuda.set_device(device)
     ours = not dist.is_initialized()
     if ours:
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        options = _high_priority() if cuda else None
+        dist.init_process_group("nccl" if cuda else "gloo", pg_options=options, device_id=device if cuda else None)
     try:
         yield Settings(heads, config, dtype, device, dist.group.WORLD, _context_parallel_group(arguments.tp))
     finally:
@@ -182,8 +183,16 @@ def _context_parallel_group(tp: int) -> dist.ProcessGroup:
     if tp == 1:
         return dist.group.WORLD
     world = range(dist.get_world_size())
-    groups = [dist.new_group(list(world[first::tp])) for first in range(tp)]
+    options = _high_priority() if dist.get_backend() == "nccl" else None
+    groups = [dist.new_group(list(world[first::tp]), pg_options=options) for first in range(tp)]
     return groups[dist.get_rank() % tp]
+
+
+def _high_priority() -> dist.ProcessGroupNCCL.Options:
+    """Transfers' kernels go before the attention's, as docs/context-parallel.md asks of every user."""
+    import torch.distributed as dist
+
+    return dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
 
 
 def _context_parallel(arguments: argparse.Namespace) -> int:

@@ -102,6 +102,8 @@ def init_processes(config: RunConfig, launch: Launch, device: torch.device) -> N
         context_parallel_size=parallel.context,
         distributed_timeout_minutes=max(1, round(parallel.timeout_minutes)),
         create_gloo_process_groups=parallel.distributed_optimizer,
+        # See docs/context-parallel.md, "Streams of high priority".
+        high_priority_stream_groups=["cp"] if device.type == "cuda" else None,
     )
 
 
