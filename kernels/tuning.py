@@ -73,6 +73,16 @@ _HOPPER: dict[str, Table] = {
         (192, _ANY, TileConfig(16, 64, 4, 3)),
         (256, _ANY, TileConfig(32, 64, 8, 2)),
     ),
+    "by_block_forward": (
+        (128, _ANY, TileConfig(64, 64, 4, 3)),
+        (192, _ANY, TileConfig(64, 64, 4, 2)),
+        (256, _ANY, TileConfig(64, 64, 8, 2)),
+    ),
+    "by_block_dq": (
+        (128, _ANY, TileConfig(64, 64, 4, 2)),
+        (192, _ANY, TileConfig(64, 64, 4, 1)),
+        (256, _ANY, TileConfig(64, 64, 8, 1)),
+    ),
     "selection_scores": (
         (128, _ANY, TileConfig(128, 64, 4, 3, 32)),
         (192, _ANY, TileConfig(128, 64, 4, 2, 32)),
@@ -90,6 +100,8 @@ _SMALL: dict[str, Table] = {
     "selected_dq": ((64, _ANY, TileConfig(64, 32, 4, 1, 16)), (256, _ANY, TileConfig(32, 32, 4, 1, 16))),
     "query_gradients": ((64, _ANY, TileConfig(64, 32, 4, 1, 16)), (256, _ANY, TileConfig(32, 32, 4, 1, 16))),
     "selected_dkv": ((64, _ANY, TileConfig(32, 32, 4, 1)), (256, _ANY, TileConfig(32, 32, 4, 1))),
+    "by_block_forward": ((64, _ANY, TileConfig(32, 32, 4, 1)), (256, _ANY, TileConfig(16, 32, 4, 1))),
+    "by_block_dq": ((64, _ANY, TileConfig(32, 32, 4, 1)), (256, _ANY, TileConfig(16, 32, 4, 1))),
     "selection_scores": ((64, _ANY, TileConfig(64, 64, 4, 1, 32)), (256, _ANY, TileConfig(32, 64, 4, 1, 32))),
 }
 

@@ -15,9 +15,10 @@ import triton.language as tl
 from ..common import LOG2_E, channels_last, check_heads, copies_in_bulk, key_arguments, widths, zeros_wide
 from ..hopper import on_hopper
 from ..interval_attention.backward import add_interval_dq, query_tile, store_dq
+from ..selected_attention import by_block
 from ..selected_attention.backward import add_selected_dq
 from ..selected_attention.forward import block_steps
-from ..selected_attention.unions import build_unions
+from ..selected_attention.unions import build_unions, no_unions
 from ..tuning import TileConfig, tile_config
 
 
@@ -87,12 +88,13 @@ def query_gradients(
     selected: Branch,
     window_range: tuple[torch.Tensor, torch.Tensor],
     compressed_range: tuple[torch.Tensor, torch.Tensor],
-    blocks: torch.Tensor,
+    blocks: torch.Tensor | None,
     position: torch.Tensor,
     key_start: torch.Tensor,
     block_size: int,
     scale: float,
     *,
+    lists: tuple[torch.Tensor, torch.Tensor] | None = None,
     out: torch.Tensor | None = None,
     config: TileConfig | None = None,
     bulk: bool | None = None,
@@ -105,15 +107,16 @@ def query_gradients(
         do: [T, N, Dv], upstream gradient of the gated sum.
         window, compressed, selected: what the branches attend to, and their statistics.
         window_range, compressed_range: int32 [T] each, begin and end of the rows that a query sees, half open.
-        blocks, position, key_start, block_size: as in the forward of selected attention.
+        blocks, position, key_start, block_size: as in the forward of selected attention; without ``blocks`` its branch adds nothing.
         scale: positive factor of the scores.
+        lists: as in the forward of selected attention.
         out: [T, N, Dk] to write to, channels contiguous, in place of a new tensor.
         config: tile shape instead of the table's.
         bulk: fetch keys and values by the copy engine, instead of where it can.
         hopper: let ``hopper.py`` do it where it can, unless ``config`` or ``bulk`` is given.
 
     Returns:
-        [T, N, Dk] in the dtype of q, accumulated in float32.
+        [T, N, Dk] in the dtype of q or of ``out``, accumulated in float32.
 
     Raises:
         ValueError: the heads do not divide over the groups, the scale is not positive, or heads are wider than supported.
@@ -129,6 +132,11 @@ def query_gradients(
         return dq
     q, do = channels_last(q), channels_last(do)
     branches = (window, compressed, selected)
+    by_itself = lists is not None and blocks is not None and config is None and bulk is None
+    if by_itself and by_block.suits(heads, block_size, dk, dv, q.element_size()):
+        tables = (position, key_start, block_size, scale)
+        _selected_by_block(q, do, branches, window_range, compressed_range, blocks, lists, *tables, dq, hopper)
+        return dq
     if hopper and config is None and bulk is None and on_hopper(q.device):
         from . import hopper as kernel
 
@@ -139,7 +147,10 @@ def query_gradients(
             kernel.query_gradients(q, do, keys, statistics, ranges, blocks, position, key_start, scale, dq)
             return dq
     config = config or tile_config("query_gradients", q.dtype, q.device, heads, max(dk, dv))
-    unions = build_unions(blocks, position, key_start, block_size, config.tokens(heads))
+    if blocks is None:
+        unions = no_unions(tokens, groups, config.tokens(heads), q.device)
+    else:
+        unions = build_unions(blocks, position, key_start, block_size, config.tokens(heads))
     keys, parts = block_steps(block_size, config.keys)
     pairs = [(channels_last(branch.k), channels_last(branch.v)) for branch in branches]
     bulk = copies_in_bulk(*(x for pair in pairs for x in pair)) if bulk is None else bulk
@@ -158,3 +169,36 @@ def query_gradients(
         **widths(groups, heads, dk, dv), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return dq
+
+
+def _selected_by_block(
+    q: torch.Tensor,
+    do: torch.Tensor,
+    branches: tuple[Branch, Branch, Branch],
+    window_range: tuple[torch.Tensor, torch.Tensor],
+    compressed_range: tuple[torch.Tensor, torch.Tensor],
+    blocks: torch.Tensor,
+    lists: tuple[torch.Tensor, torch.Tensor],
+    position: torch.Tensor,
+    key_start: torch.Tensor,
+    block_size: int,
+    scale: float,
+    dq: torch.Tensor,
+    hopper: bool,
+) -> None:
+    """The same with the selected branch block by block: window and compressed tokens first, in float32, then its parts."""
+    tokens, num_heads, dk = q.shape
+    block_start, block_base = lists
+    k, v = (channels_last(x) for x in branches[2][:2])
+    for rows in by_block.passes(tokens, blocks.shape[2] * num_heads * dk * 4):
+        tables = (position[rows], key_start[rows])
+        window, compressed, selected = (Branch(b.k, b.v, b.shift[rows].contiguous(), b.delta[rows].contiguous()) for b in branches)
+        ranges = [tuple(x[rows] for x in ends) for ends in (window_range, compressed_range)]
+        base = torch.empty(rows.stop - rows.start, num_heads, dk, dtype=torch.float32, device=q.device)
+        query_gradients(
+            q[rows], do[rows], window, compressed, selected, *ranges, None, *tables, block_size, scale, out=base, hopper=hopper
+        )
+        by_block.add_query_gradients(
+            q[rows], k, v, do[rows], *selected[2:], base, blocks[rows], *tables, block_start, block_base[rows], block_size, scale,
+            dq[rows],
+        )  # fmt: skip

@@ -25,9 +25,9 @@ from ..common import (
     widths,
     zeros_wide,
 )
-from ..hopper import on_hopper
 from ..interval_attention.forward import add_values, finish_rows
 from ..tuning import TileConfig, tile_config
+from . import by_block
 from .unions import build_unions
 
 
@@ -161,10 +161,10 @@ def selected_attention_forward(
     block_size: int,
     scale: float,
     *,
+    lists: tuple[torch.Tensor, torch.Tensor] | None = None,
     out: torch.Tensor | None = None,
     config: TileConfig | None = None,
     bulk: bool | None = None,
-    hopper: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal softmax attention over the tokens of each query's chosen blocks.
 
@@ -176,11 +176,11 @@ def selected_attention_forward(
         key_start: int32 [T], key row at which the query's document starts.
         block_size: l', tokens of a block.
         scale: positive factor of the scores.
+        lists: block_start and block_base of the backward. With them, groups of few heads go the way of ``by_block.py``, unless
+            ``config`` or ``bulk`` is given.
         out: [T, N, Dv] to write to, channels contiguous, in place of a new tensor.
         config: tile shape instead of the table's.
         bulk: fetch keys and values by the copy engine, instead of where it can.
-        hopper: let ``hopper_forward.py`` do it where it can, unless ``config`` or ``bulk`` is given. Off: compiled, not
-            yet run on a GPU.
 
     Returns:
         ``out`` [T, N, Dv] in the dtype of q and ``lse`` float32 [T, N], natural logarithm; 0 and -inf where nothing is seen.
@@ -199,12 +199,10 @@ def selected_attention_forward(
     lse = torch.empty(tokens, num_heads, dtype=torch.float32, device=q.device)
     if tokens == 0:
         return out, lse
-    if hopper and config is None and bulk is None and on_hopper(q.device):
-        from . import hopper_forward
-
-        if hopper_forward.takes(q, k, v, block_size):
-            hopper_forward.selected_attention_forward(q, k, v, blocks, position, key_start, scale, out, lse)
-            return out, lse
+    by_itself = lists is not None and config is None and bulk is None
+    if by_itself and by_block.suits(heads, block_size, dk, dv, q.element_size()):
+        by_block.selected_attention_forward(q, k, v, blocks, position, key_start, *lists, block_size, scale, out, lse)
+        return out, lse
     config = config or tile_config("selected_forward", q.dtype, q.device, heads, max(dk, dv))
     tile_tokens = config.tokens(heads)
     unions = build_unions(blocks, position, key_start, block_size, tile_tokens)

@@ -119,12 +119,20 @@ def build_unions(
     return Unions(packed, counts, tile_tokens)
 
 
+def no_unions(tokens: int, groups: int, tile_tokens: int, device: torch.device) -> Unions:
+    """Unions of tokens that chose nothing."""
+    tiles = triton.cdiv(tokens, tile_tokens)
+    entries = torch.zeros(tiles, groups, 1, dtype=torch.int64, device=device)
+    return Unions(entries, torch.zeros(tiles, groups, 2, dtype=torch.int32, device=device), tile_tokens)
+
+
 @dataclass(frozen=True)
 class Visitors:
     """For each (group, block) the queries that chose it, and the work items its list is cut into.
 
     Args:
         queries: int32 [T * G * n], query rows, ascending within a list; lists in order of group * NB + block.
+        places: int32, like ``queries`` the number of the pick in ``blocks``, (token * G + group) * n + pick; only if asked for.
         offsets: int32 [G * NB + 1], where each list starts.
         item_offsets: int32 [G * NB + 1], number of the first work item of each list; every list has at least one.
         slot_offsets: int32 [G * NB + 1], number of the first partial sum of each list; only lists of several items have any.
@@ -144,6 +152,7 @@ class Visitors:
     num_blocks: int
     items_per_group: int
     slots_per_group: int
+    places: torch.Tensor | None = None
 
 
 @triton.jit(do_not_specialize=["num_blocks", "total"])
@@ -163,7 +172,9 @@ def list_numbers_kernel(
     tl.store(out_ptr + place, number, mask=mask)
 
 
-def find_visitors(blocks: torch.Tensor, block_base: torch.Tensor, num_blocks: int, chunk: int | None = None) -> Visitors:
+def find_visitors(
+    blocks: torch.Tensor, block_base: torch.Tensor, num_blocks: int, chunk: int | None = None, *, places: bool = False
+) -> Visitors:
     """Invert a selection: a stable sort of the (group, block) of every pick.
 
     Args:
@@ -171,6 +182,7 @@ def find_visitors(blocks: torch.Tensor, block_base: torch.Tensor, num_blocks: in
         block_base: int32 [T], number of the first block of the query's document among all blocks.
         num_blocks: NB, blocks of all documents.
         chunk: most queries of a work item; None for :func:`visitor_chunk`.
+        places: list the picks' numbers too.
 
     Returns:
         lists in O(T * n + G * NB) memory, all on the device.
@@ -195,9 +207,11 @@ def find_visitors(blocks: torch.Tensor, block_base: torch.Tensor, num_blocks: in
     items_per_group = num_blocks + most_split
     item = torch.arange(groups * items_per_group, dtype=torch.int32, device=blocks.device)
     item_lists = torch.searchsorted(item_offsets, item, right=True, out_int32=True) - 1
+    picked = order.to(torch.int32) if places else None
     queries = order.div_(groups * picks, rounding_mode="floor").to(torch.int32)
     slots_per_group = most_split + min(num_blocks, most_split)
-    return Visitors(queries, offsets, item_offsets, slot_offsets, item_lists, chunk, num_blocks, items_per_group, slots_per_group)
+    sizes = (chunk, num_blocks, items_per_group, slots_per_group)
+    return Visitors(queries, offsets, item_offsets, slot_offsets, item_lists, *sizes, places=picked)
 
 
 def visitor_chunk(tokens: int, picks: int) -> int:

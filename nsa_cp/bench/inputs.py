@@ -67,7 +67,8 @@ class HeadLayout:
         """
         if self.num_groups % ranks:
             raise ValueError(
-                f"{self.num_groups} K/V groups do not divide over {ranks} tensor-parallel ranks; use a divisor of {self.num_groups}"
+                f"{self.num_groups} K/V groups do not divide over {ranks} tensor-parallel ranks; "
+                f"use a divisor of {self.num_groups}"
             )
         return replace(self, num_heads=self.num_heads // ranks, num_groups=self.num_groups // ranks)
 

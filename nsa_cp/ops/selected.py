@@ -38,8 +38,9 @@ def selected_attention_forward(
     if backend == "triton":
         from nsa_cp.kernels.selected_attention.forward import selected_attention_forward as kernel
 
-        size = plan.config.select_block_size
-        return kernel(q, k, v, blocks, plan.position, plan.key_start, size, q.shape[-1] ** -0.5, out=out)
+        tables = (plan.position, plan.key_start, plan.config.select_block_size)
+        lists = (plan.block_start, plan.block_base)
+        return kernel(q, k, v, blocks, *tables, q.shape[-1] ** -0.5, lists=lists, out=out)
     out = q.new_empty(*q.shape[:2], v.shape[-1]) if out is None else out
     lse = q.new_empty(q.shape[:2], dtype=accumulator_dtype(q))
     for rows, keys, hidden in _chunks(q, k, blocks, plan):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nsa_cp.kernels.selected_attention import by_block
 from nsa_cp.kernels.selected_attention.backward import selected_attention_backward, selected_attention_backward_dkv
 from nsa_cp.kernels.selected_attention.forward import selected_attention_forward
 from nsa_cp.kernels.selected_attention.unions import build_unions, find_visitors, visitor_chunk
@@ -255,6 +256,66 @@ def test_one_group_with_the_lists_of_all(workspace: int, device: str) -> None:
         assert all(torch.equal(a, b[:, one]) for a, b in zip(alone, together, strict=True))
     wrong = selected_attention_backward_dkv(*parts, *rest, base_group=0, **options)
     assert not torch.equal(wrong[0], together[0][:, one])
+
+
+def run_by_block(
+    tensors: list[Tensor], tables: Tables, gate: Tensor, problem: Problem, *, workspace: int = 1 << 30, chunk: int = 21
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out, lse and the selected branch's dq, added to a base of ones."""
+    q, k, v, do = tensors
+    out = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:2], device=q.device)
+    options = {"config": SMALL.fitted(problem.heads), "chunk": chunk}
+    by_block.selected_attention_forward(q, k, v, *tables, problem.block, 0.3, out, lse, workspace_bytes=workspace, **options)
+    shift, delta = row_shift(lse, gate).contiguous(), (do.float() * out.float()).sum(-1)
+    base, dq = torch.ones(q.shape, device=q.device), torch.empty(q.shape, device=q.device)
+    by_block.add_query_gradients(q, k, v, do, shift, delta, base, *tables, problem.block, 0.3, dq, **options)
+    return out, lse, dq
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_block_by_block(name: str, dtype: torch.dtype, tolerance: float, device: str) -> None:
+    problem = CASES[name]
+    tensors, gate = make_inputs(problem, dtype, device)
+    tables = make_tables(problem, device)
+    out, lse, dq = run_by_block(tensors, tables, gate, problem)
+    q, k, v, _ = (x.double() for x in tensors)
+    visible = visible_keys(problem, tables)
+    expected, expected_lse = dense_attention(q, k, v, visible, 0.3)
+    assert_close(out, expected, max_relative_error=tolerance, name="out")
+    assert_close(lse, expected_lse, atol=2e-5, rtol=1e-5, name="lse")
+    assert_close(dq - 1, dense_gradients(tensors, visible, gate, 0.3)[0], max_relative_error=2 * tolerance, name="dq")
+    blind = lse == float("-inf")
+    assert blind.any() and (dq[blind] == 1).all() and (out[blind] == 0).all()
+
+
+def test_block_by_block_in_any_passes_and_items(device: str) -> None:
+    """A query's bits depend neither on the tokens of a pass nor on how a block's queries are cut."""
+    problem = CASES["2heads-packed"]
+    tensors, gate = make_inputs(problem, torch.float32, device)
+    tables = make_tables(problem, device)
+    whole = run_by_block(tensors, tables, gate, problem)
+    bytes_per_token = problem.picks * problem.groups * problem.heads * (problem.dv * 4 + 4)
+    assert len(list(by_block.passes(tensors[0].shape[0], bytes_per_token, 5 * bytes_per_token))) == 10
+    for workspace, chunk in ((5 * bytes_per_token, 21), (1, 3), (1 << 30, 1000)):
+        again = run_by_block(tensors, tables, gate, problem, workspace=workspace, chunk=chunk)
+        assert all(torch.equal(a, b) for a, b in zip(again, whole, strict=True))
+
+
+def test_which_shapes_go_block_by_block(device: str) -> None:
+    """Small groups, whose blocks stay on the multiprocessor; only where the launcher is told the blocks' rows."""
+    assert by_block.suits(4, 64, 128, 128, 2) and by_block.suits(1, 32, 64, 64, 4)
+    assert not by_block.suits(5, 64, 128, 128, 2)
+    assert not by_block.suits(4, 128, 256, 256, 2)
+    problem = CASES["2heads-packed"]
+    (q, k, v, _), _ = make_inputs(problem, torch.float32, device)
+    tables = make_tables(problem, device)
+    choice, lists = (tables.blocks, tables.position, tables.key_start), (tables.block_start, tables.block_base)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(by_block, "attend_by_block_kernel", None)
+        selected_attention_forward(q, k, v, *choice, problem.block, 0.3)
+        with pytest.raises(TypeError):
+            selected_attention_forward(q, k, v, *choice, problem.block, 0.3, lists=lists)
 
 
 def test_partial_sums_stay_bounded() -> None:

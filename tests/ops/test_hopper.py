@@ -18,7 +18,6 @@ from nsa_cp.kernels.interval_attention.backward import interval_attention_backwa
 from nsa_cp.kernels.interval_attention.forward import interval_attention_forward, interval_lse
 from nsa_cp.kernels.query_gradients.backward import Branch, query_gradients
 from nsa_cp.kernels.selected_attention.backward import selected_attention_backward_dkv
-from nsa_cp.kernels.selected_attention.forward import selected_attention_forward
 from nsa_cp.kernels.selected_attention.unions import find_visitors
 from nsa_cp.ops.plan import NSAPlan, get_plan
 from nsa_cp.testing import assert_close
@@ -132,39 +131,6 @@ def test_forward(case: str, name: str) -> None:
     assert torch.equal(lse, interval_lse(q, k, *bounds, SCALE, problem.dv))
 
 
-@pytest.mark.parametrize("drifting", [False, True], ids=["random", "drifting"])
-@pytest.mark.parametrize("case", CASES)
-def test_selected_forward(case: str, drifting: bool) -> None:
-    problem = CASES[case]
-    plan = _plan(problem)
-    q, _ = _queries(problem)
-    tokens = len(q)
-    # The twin's keys end with the last document's: it takes hidden values times 0.
-    hidden = _hidden_keys(problem, tokens)
-    ended = tuple(x[: MARGIN + tokens] for x in hidden)
-    tables = (_choices(plan, problem.groups, drifting), plan.position, plan.key_start + MARGIN)
-    expected, expected_lse = selected_attention_forward(q, *ended, *tables, 64, SCALE, hopper=False)
-    assert expected.isfinite().all() and (expected_lse == float("-inf")).any()
-    keys = hidden if _selected_forward_takes(q, *hidden) else ended
-    out, lse = selected_attention_forward(q, *keys, *tables, 64, SCALE, hopper=True)
-    assert_close(out, expected, max_relative_error=5e-3, name="out")
-    assert_close(lse, expected_lse, atol=1e-5, rtol=1e-5, name="lse")
-    # Written between other heads.
-    room = torch.zeros(tokens, problem.heads + 3, problem.dv, dtype=q.dtype, device=DEVICE)
-    again = selected_attention_forward(q, *ended, *tables, 64, SCALE, out=room[:, 2:-1], hopper=True)
-    assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
-    assert not room[:, :2].any() and not room[:, -1:].any()
-    # Other ranks see a row among other rows.
-    late = selected_attention_forward(q[11:], *keys, *(x[11:] for x in tables), 64, SCALE, hopper=True)
-    assert torch.equal(out[11:], late[0]) and torch.equal(lse[11:], late[1])
-
-
-def _selected_forward_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    from nsa_cp.kernels.selected_attention.hopper_forward import takes
-
-    return takes(q, k, v, 64)
-
-
 @pytest.mark.parametrize("case", [name for name, case in CASES.items() if case.heads // case.groups >= 4])
 def test_block_scores(case: str) -> None:
     problem = CASES[case]
@@ -253,18 +219,16 @@ def test_selected_key_gradients(case: str, drifting: bool) -> None:
         visitors = find_visitors(blocks, plan.block_base, plan.block_start.shape[0], chunk)
         arguments = (q, k, v, do, shift, delta, visitors, *tables)
         expected = selected_attention_backward_dkv(*arguments, **options, hopper=False)
-        gradients = selected_attention_backward_dkv(*arguments, **options, hopper=True)
+        gradients = selected_attention_backward_dkv(*arguments, **options)
         assert_close(list(gradients), list(expected), max_relative_error=1e-3, name=f"items of {visitors.chunk}")
         assert all(x[:MARGIN].eq(0).all() for x in gradients)
-        again = selected_attention_backward_dkv(*arguments, **options, hopper=True)
+        again = selected_attention_backward_dkv(*arguments, **options)
         assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
         # The last group alone, with the lists of all.
         group, heads = problem.groups - 1, problem.heads // problem.groups
         mine = [x[:, group * heads :] for x in (q, do, shift, delta)]
         keys = (k[:, group:], v[:, group:])
-        alone = selected_attention_backward_dkv(
-            mine[0], *keys, *mine[1:], visitors, *tables, base_group=group, **options, hopper=True
-        )
+        alone = selected_attention_backward_dkv(mine[0], *keys, *mine[1:], visitors, *tables, base_group=group, **options)
         assert all(torch.equal(a, b[:, group:]) for a, b in zip(alone, gradients, strict=True))
 
 

@@ -1,0 +1,376 @@
+"""Selected attention block by block, for groups of few query heads: forward, and its part of dq.
+
+A tile of adjacent queries (``forward.py``) walks the union of their blocks. With few heads a group a tile holds many tokens, which
+agree on little, so that most rows of it wait in every step. Here each block meets the queries that chose it, in tiles of which
+every row counts, and leaves what each query got from it; a second kernel adds up a query's parts in the order of its blocks.
+
+A part is a row of every visit, so tokens are taken in passes of bounded size. No atomics: the same inputs give the same bits, and a
+query's do not depend on the queries around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+from ..common import LN_2, LOG2_E, channels_last, check_heads, dot_wide, load_tile, load_wide, store_tile, widths, zeros_wide
+from ..interval_attention.backward import add_score_gradients, load_queries, score_gradients
+from ..tuning import TileConfig, tile_config
+from .unions import Visitors, find_visitors
+
+# Query heads of a group up to which this way is the faster one (docs/kernels.md).
+MOST_HEADS = 4
+# Bytes of parts held at once.
+_WORKSPACE_BYTES = 1 << 30
+# Bytes of a block's keys and values, which stay on the multiprocessor.
+_MOST_BLOCK_BYTES = 64 << 10
+# Rows of a tile that adds parts.
+_MERGED_ROWS = 16
+
+
+def suits(heads: int, block_size: int, dk: int, dv: int, itemsize: int) -> bool:
+    """Whether groups of ``heads`` and blocks of ``block_size`` rows of Dk + Dv channels are for this way."""
+    rows = triton.next_power_of_2(max(16, block_size))
+    return heads <= MOST_HEADS and rows * (dk + dv) * itemsize <= _MOST_BLOCK_BYTES
+
+
+@triton.jit
+def _item(
+    offsets_ptr, item_offsets_ptr, item_lists_ptr, block_start_ptr, num_blocks, num_keys, chunk,
+    GROUPS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """This program's work item: group, key rows of its block, which of them are the block's own, and first and last of the
+    list's entries that it takes; of these, ``masked`` and on are queries past the block's end."""
+    last_list = GROUPS * num_blocks - 1
+    item = tl.program_id(0)
+    wanted = tl.load(item_lists_ptr + item)
+    visit = tl.minimum(wanted, last_list)
+    block = visit % num_blocks
+    start = tl.load(block_start_ptr + block)
+    following = tl.load(block_start_ptr + block + 1, mask=block + 1 < num_blocks, other=num_keys)
+    within = tl.arange(0, KEYS)
+    # A document's last block may be cut short by the next document's first.
+    own = (within < BLOCK) & (start + within < tl.minimum(following, num_keys))
+    list_first = tl.load(offsets_ptr + visit)
+    first = list_first + (item - tl.load(item_offsets_ptr + visit)) * chunk
+    last = tl.minimum(first + chunk, tl.load(offsets_ptr + visit + 1))
+    # Items past the last one have no queries.
+    last = tl.where(wanted == visit, last, first)
+    # The only queries before the block's end are its own, at most BLOCK; a list in ascending order has them first.
+    masked = tl.maximum(tl.minimum(list_first + BLOCK, last), first)
+    return visit // num_blocks, start + within, own, first, masked, last
+
+
+@triton.jit
+def _visiting_rows(
+    entry, last, group, places_ptr, GROUPS: tl.constexpr, HEADS: tl.constexpr, PICKS: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Of the list entries ``entry .. entry + TOKENS``: token, head, which rows exist, and the number of each row's part."""
+    row = tl.arange(0, ROWS)
+    valid = (row < TOKENS * HEADS) & (entry + row // HEADS < last)
+    place = tl.load(places_ptr + entry + row // HEADS, mask=valid, other=0)
+    part = place.to(tl.int64) * HEADS + row % HEADS
+    return place // (GROUPS * PICKS), (group * HEADS + row % HEADS).to(tl.int64), valid, part
+
+
+@triton.jit
+def _attend(
+    first, last, end, k, k_tail, v, v_tail, key, own, group, scale_log2,
+    q_ptr, out_parts_ptr, lse_parts_ptr, places_ptr, position_ptr, key_start_ptr, q_stride_t, q_stride_h,
+    GROUPS: tl.constexpr, HEADS: tl.constexpr, PICKS: tl.constexpr,
+    DK: tl.constexpr, DK_HEAD: tl.constexpr, DK_TAIL: tl.constexpr,
+    DV: tl.constexpr, DV_HEAD: tl.constexpr, DV_TAIL: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Softmax attention of the list entries ``first .. last`` of an item that ends at ``end`` to one block."""
+    for entry in tl.range(first, last, TOKENS):
+        token, head, valid, part = _visiting_rows(entry, end, group, places_ptr, GROUPS, HEADS, PICKS, TOKENS, ROWS)
+        row = token.to(tl.int64) * q_stride_t + head * q_stride_h
+        q, q_tail = load_wide(q_ptr, row, valid, DK_HEAD, DK_TAIL, DK, False)
+        scores = dot_wide(q, q_tail, k, k_tail, DK_TAIL, PRECISION) * scale_log2
+        visible = own[None, :]
+        if MASKED:
+            limit = tl.load(key_start_ptr + token) + tl.load(position_ptr + token)
+            visible = visible & (key[None, :] <= limit[:, None])
+        scores = tl.where(visible, scores, float("-inf"))
+        top = tl.max(scores, 1)
+        # A row that sees nothing of the block measures from +inf: exp2(-inf) = 0.
+        seen = top > float("-inf")
+        p = tl.exp2(scores - tl.where(seen, top, float("inf"))[:, None])
+        total = tl.sum(p, 1)
+        share = tl.where(seen, 1.0 / total, 0.0)
+        out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * share[:, None]
+        store_tile(out_parts_ptr, part * DV, valid, out, 0, DV_HEAD, DV)
+        if DV_TAIL > 0:
+            tail = tl.dot(p.to(v.dtype), v_tail, input_precision=PRECISION) * share[:, None]
+            store_tile(out_parts_ptr, part * DV, valid, tail, DV_HEAD, DV_TAIL, DV)
+        tl.store(lse_parts_ptr + part, tl.where(seen, top + tl.log2(total), float("-inf")), mask=valid)
+
+
+@triton.jit(do_not_specialize=["num_keys", "num_blocks", "chunk"])
+def attend_by_block_kernel(
+    q_ptr, k_ptr, v_ptr, out_parts_ptr, lse_parts_ptr, places_ptr, offsets_ptr, item_offsets_ptr, item_lists_ptr,
+    block_start_ptr, position_ptr, key_start_ptr,
+    q_stride_t, q_stride_h, k_stride_s, k_stride_g, v_stride_s, v_stride_g, num_keys, num_blocks, chunk, scale_log2,
+    GROUPS: tl.constexpr, HEADS: tl.constexpr, PICKS: tl.constexpr,
+    DK: tl.constexpr, DK_HEAD: tl.constexpr, DK_TAIL: tl.constexpr,
+    DV: tl.constexpr, DV_HEAD: tl.constexpr, DV_TAIL: tl.constexpr,
+    BLOCK: tl.constexpr, KEYS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: one block and one work item of the queries that chose it; parts [T, G, n, H, Dv] and their lse, base 2."""
+    group, key, own, first, masked, last = _item(
+        offsets_ptr, item_offsets_ptr, item_lists_ptr, block_start_ptr, num_blocks, num_keys, chunk, GROUPS, BLOCK, KEYS
+    )
+    if first < last:
+        row = key.to(tl.int64)
+        k, k_tail = load_wide(k_ptr + group.to(tl.int64) * k_stride_g, row * k_stride_s, own, DK_HEAD, DK_TAIL, DK, True)
+        v, v_tail = load_wide(v_ptr + group.to(tl.int64) * v_stride_g, row * v_stride_s, own, DV_HEAD, DV_TAIL, DV, True)
+        whole = first + tl.cdiv(masked - first, TOKENS) * TOKENS
+        _attend(
+            first, tl.minimum(whole, last), last, k, k_tail, v, v_tail, key, own, group, scale_log2,
+            q_ptr, out_parts_ptr, lse_parts_ptr, places_ptr, position_ptr, key_start_ptr, q_stride_t, q_stride_h,
+            GROUPS, HEADS, PICKS, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, TOKENS, ROWS, True, PRECISION,
+        )  # fmt: skip
+        _attend(
+            whole, last, last, k, k_tail, v, v_tail, key, own, group, scale_log2,
+            q_ptr, out_parts_ptr, lse_parts_ptr, places_ptr, position_ptr, key_start_ptr, q_stride_t, q_stride_h,
+            GROUPS, HEADS, PICKS, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, TOKENS, ROWS, False, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _query_rows(num_rows, HEADS: tl.constexpr, PICKS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr):
+    """Rows (token, head) of this program: token, head, which exist, the place of the first pick, and the head within its group."""
+    wanted = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    valid = wanted < num_rows
+    row = tl.minimum(wanted, num_rows - 1)
+    token = row // (GROUPS * HEADS)
+    head = row % (GROUPS * HEADS)
+    place = (token.to(tl.int64) * GROUPS + head // HEADS) * PICKS
+    return token.to(tl.int64), head, valid, place, head % HEADS
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def merge_parts_kernel(
+    out_parts_ptr, lse_parts_ptr, blocks_ptr, out_ptr, lse_ptr, out_stride_t, out_stride_h, stride_t, stride_g, stride_n, num_rows,
+    GROUPS: tl.constexpr, HEADS: tl.constexpr, PICKS: tl.constexpr, PADDED_PICKS: tl.constexpr,
+    DV: tl.constexpr, DV_PADDED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One program: ROWS query rows, each the mean of its parts weighted by their share of the softmax."""
+    token, head, valid, place, local = _query_rows(num_rows, HEADS, PICKS, GROUPS, ROWS)
+    chosen_ptr = blocks_ptr + token * stride_t + (head // HEADS) * stride_g
+    pick = tl.arange(0, PADDED_PICKS)[None, :]
+    chosen = tl.load(chosen_ptr[:, None] + pick * stride_n, mask=pick < PICKS, other=-1) >= 0
+    lse = tl.load(lse_parts_ptr + (place[:, None] + pick) * HEADS + local[:, None], mask=chosen, other=float("-inf"))
+    top = tl.max(lse, 1)
+    seen = top > float("-inf")
+    total = tl.sum(tl.exp2(lse - tl.where(seen, top, float("inf"))[:, None]), 1)
+    log_sum = tl.where(seen, top + tl.log2(total), float("inf"))
+    acc = tl.zeros([ROWS, DV_PADDED], dtype=tl.float32)
+    for j in tl.range(0, PICKS):
+        part = (place + j) * HEADS + local
+        picked = tl.load(chosen_ptr + j * stride_n) >= 0
+        weight = tl.exp2(tl.load(lse_parts_ptr + part, mask=picked, other=float("-inf")) - log_sum)
+        acc += weight[:, None] * load_tile(out_parts_ptr, part * DV, picked, 0, DV_PADDED, DV, True)
+    store_tile(out_ptr, token * out_stride_t + head * out_stride_h, valid, acc, 0, DV_PADDED, DV)
+    tl.store(lse_ptr + token * (GROUPS * HEADS) + head, tl.where(seen, log_sum * LN_2, float("-inf")), mask=valid)
+
+
+@triton.jit
+def _differentiate(
+    first, last, end, k, k_tail, v, v_tail, key, own, group, scale_log2,
+    q_ptr, do_ptr, shift_ptr, delta_ptr, parts_ptr, places_ptr, position_ptr, key_start_ptr,
+    q_stride_t, q_stride_h, do_stride_t, do_stride_h,
+    GROUPS: tl.constexpr, HEADS: tl.constexpr, PICKS: tl.constexpr,
+    DK: tl.constexpr, DK_HEAD: tl.constexpr, DK_TAIL: tl.constexpr,
+    DV: tl.constexpr, DV_HEAD: tl.constexpr, DV_TAIL: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Of the list entries ``first .. last`` of an item that ends at ``end``: dq from one block, without the factor scale."""
+    for entry in tl.range(first, last, TOKENS):
+        token, head, valid, part = _visiting_rows(entry, end, group, places_ptr, GROUPS, HEADS, PICKS, TOKENS, ROWS)
+        q, q_tail, do, do_tail, shift, delta = load_queries(
+            token, head, valid, q_ptr, do_ptr, shift_ptr, delta_ptr, q_stride_t, q_stride_h, do_stride_t, do_stride_h,
+            GROUPS * HEADS, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL,
+        )  # fmt: skip
+        ds = score_gradients(q, q_tail, do, do_tail, k, k_tail, v, v_tail, shift, delta, scale_log2, DK_TAIL, DV_TAIL, PRECISION)
+        visible = own[None, :]
+        if MASKED:
+            limit = tl.load(key_start_ptr + token) + tl.load(position_ptr + token)
+            visible = visible & (key[None, :] <= limit[:, None])
+        ds = tl.where(visible, ds, 0.0)
+        dq, dq_tail = zeros_wide(ROWS, DK_HEAD, DK_TAIL)
+        dq, dq_tail = add_score_gradients(dq, dq_tail, ds, k, k_tail, DK_TAIL, PRECISION)
+        store_tile(parts_ptr, part * DK, valid, dq, 0, DK_HEAD, DK)
+        if DK_TAIL > 0:
+            store_tile(parts_ptr, part * DK, valid, dq_tail, DK_HEAD, DK_TAIL, DK)
+
+
+@triton.jit(do_not_specialize=["num_keys", "num_blocks", "chunk"])
+def query_gradients_by_block_kernel(
+    q_ptr, do_ptr, k_ptr, v_ptr, shift_ptr, delta_ptr, parts_ptr, places_ptr, offsets_ptr, item_offsets_ptr, item_lists_ptr,
+    block_start_ptr, position_ptr, key_start_ptr,
+    q_stride_t, q_stride_h, do_stride_t, do_stride_h, k_stride_s, k_stride_g, v_stride_s, v_stride_g,
+    num_keys, num_blocks, chunk, scale_log2,
+    GROUPS: tl.constexpr, HEADS: tl.constexpr, PICKS: tl.constexpr,
+    DK: tl.constexpr, DK_HEAD: tl.constexpr, DK_TAIL: tl.constexpr,
+    DV: tl.constexpr, DV_HEAD: tl.constexpr, DV_TAIL: tl.constexpr,
+    BLOCK: tl.constexpr, KEYS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: one block and one work item of the queries that chose it; parts [T, G, n, H, Dk] of dq."""
+    group, key, own, first, masked, last = _item(
+        offsets_ptr, item_offsets_ptr, item_lists_ptr, block_start_ptr, num_blocks, num_keys, chunk, GROUPS, BLOCK, KEYS
+    )
+    if first < last:
+        row = key.to(tl.int64)
+        k, k_tail = load_wide(k_ptr + group.to(tl.int64) * k_stride_g, row * k_stride_s, own, DK_HEAD, DK_TAIL, DK, True)
+        v, v_tail = load_wide(v_ptr + group.to(tl.int64) * v_stride_g, row * v_stride_s, own, DV_HEAD, DV_TAIL, DV, True)
+        whole = first + tl.cdiv(masked - first, TOKENS) * TOKENS
+        _differentiate(
+            first, tl.minimum(whole, last), last, k, k_tail, v, v_tail, key, own, group, scale_log2,
+            q_ptr, do_ptr, shift_ptr, delta_ptr, parts_ptr, places_ptr, position_ptr, key_start_ptr,
+            q_stride_t, q_stride_h, do_stride_t, do_stride_h,
+            GROUPS, HEADS, PICKS, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, TOKENS, ROWS, True, PRECISION,
+        )  # fmt: skip
+        _differentiate(
+            whole, last, last, k, k_tail, v, v_tail, key, own, group, scale_log2,
+            q_ptr, do_ptr, shift_ptr, delta_ptr, parts_ptr, places_ptr, position_ptr, key_start_ptr,
+            q_stride_t, q_stride_h, do_stride_t, do_stride_h,
+            GROUPS, HEADS, PICKS, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, TOKENS, ROWS, False, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def add_parts_kernel(
+    parts_ptr, blocks_ptr, base_ptr, dq_ptr, base_stride_t, base_stride_h, dq_stride_t, dq_stride_h,
+    stride_t, stride_g, stride_n, num_rows, scale,
+    GROUPS: tl.constexpr, HEADS: tl.constexpr, PICKS: tl.constexpr,
+    DK: tl.constexpr, DK_PADDED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One program: dq of ROWS query rows: what the other branches gave, and the parts of all blocks."""
+    token, head, valid, place, local = _query_rows(num_rows, HEADS, PICKS, GROUPS, ROWS)
+    chosen_ptr = blocks_ptr + token * stride_t + (head // HEADS) * stride_g
+    acc = tl.zeros([ROWS, DK_PADDED], dtype=tl.float32)
+    for j in tl.range(0, PICKS):
+        picked = tl.load(chosen_ptr + j * stride_n) >= 0
+        acc += load_tile(parts_ptr, ((place + j) * HEADS + local) * DK, picked, 0, DK_PADDED, DK, True)
+    acc = acc * scale + load_tile(base_ptr, token * base_stride_t + head * base_stride_h, valid, 0, DK_PADDED, DK, True)
+    store_tile(dq_ptr, token * dq_stride_t + head * dq_stride_h, valid, acc, 0, DK_PADDED, DK)
+
+
+def passes(tokens: int, bytes_per_token: int, workspace_bytes: int = _WORKSPACE_BYTES) -> Iterator[slice]:
+    """Tokens whose parts fit in the workspace together, in ascending order."""
+    at_once = max(1, workspace_bytes // bytes_per_token)
+    for first in range(0, tokens, at_once):
+        yield slice(first, min(first + at_once, tokens))
+
+
+def selected_attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    blocks: torch.Tensor,
+    position: torch.Tensor,
+    key_start: torch.Tensor,
+    block_start: torch.Tensor,
+    block_base: torch.Tensor,
+    block_size: int,
+    scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    config: TileConfig | None = None,
+    chunk: int | None = None,
+    workspace_bytes: int = _WORKSPACE_BYTES,
+) -> None:
+    """As :func:`.forward.selected_attention_forward`, for shapes that :func:`suits` is true of; ``out`` and ``lse`` are written.
+
+    Args:
+        block_start, block_base: as in the backward of selected attention.
+        config: tile shape instead of the table's.
+        chunk: most queries of a work item.
+        workspace_bytes: budget of the parts.
+    """
+    (tokens, num_heads, dk), (num_keys, groups, dv), picks = q.shape, v.shape, blocks.shape[2]
+    heads = check_heads(num_heads, groups)
+    q, k, v = channels_last(q), channels_last(k), channels_last(v)
+    config = config or tile_config("by_block_forward", q.dtype, q.device, heads, max(dk, dv))
+    for rows in passes(tokens, num_heads * picks * (dv * q.element_size() + 4), workspace_bytes):
+        chosen, count = blocks[rows], rows.stop - rows.start
+        visitors = find_visitors(chosen, block_base[rows], block_start.shape[0], chunk, places=True)
+        out_parts = torch.empty(count * picks * num_heads, dv, dtype=q.dtype, device=q.device)
+        lse_parts = torch.empty(count * picks * num_heads, dtype=torch.float32, device=q.device)
+        attend_by_block_kernel[(groups * visitors.items_per_group,)](
+            q[rows], k, v, out_parts, lse_parts, *_lists(visitors), block_start, position[rows], key_start[rows],
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], num_keys, visitors.num_blocks, visitors.chunk, scale * LOG2_E.value,
+            PICKS=picks, **_shape(block_size, config, heads), **widths(groups, heads, dk, dv),
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+        merge_parts_kernel[(triton.cdiv(count * num_heads, _MERGED_ROWS),)](
+            out_parts, lse_parts, chosen, out[rows], lse[rows], *out.stride()[:2], *chosen.stride(), count * num_heads,
+            GROUPS=groups, HEADS=heads, PICKS=picks, PADDED_PICKS=triton.next_power_of_2(picks),
+            DV=dv, DV_PADDED=triton.next_power_of_2(dv), ROWS=_MERGED_ROWS, num_warps=4,
+        )  # fmt: skip
+
+
+def add_query_gradients(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    do: torch.Tensor,
+    shift: torch.Tensor,
+    delta: torch.Tensor,
+    base: torch.Tensor,
+    blocks: torch.Tensor,
+    position: torch.Tensor,
+    key_start: torch.Tensor,
+    block_start: torch.Tensor,
+    block_base: torch.Tensor,
+    block_size: int,
+    scale: float,
+    dq: torch.Tensor,
+    *,
+    config: TileConfig | None = None,
+    chunk: int | None = None,
+) -> None:
+    """dq [T, N, Dk] = base + the selected branch's, for the tokens of one pass; ``dq`` is written.
+
+    Args:
+        shift, delta: float32 [T, N], contiguous.
+        base: float32 [T, N, Dk].
+        config, chunk: as in the forward.
+    """
+    (tokens, num_heads, dk), (num_keys, groups, dv), picks = q.shape, v.shape, blocks.shape[2]
+    heads = check_heads(num_heads, groups)
+    config = config or tile_config("by_block_dq", q.dtype, q.device, heads, max(dk, dv))
+    visitors = find_visitors(blocks, block_base, block_start.shape[0], chunk, places=True)
+    parts = torch.empty(tokens * picks * num_heads, dk, dtype=torch.float32, device=q.device)
+    query_gradients_by_block_kernel[(groups * visitors.items_per_group,)](
+        q, do, k, v, shift, delta, parts, *_lists(visitors), block_start, position, key_start,
+        *q.stride()[:2], *do.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        num_keys, visitors.num_blocks, visitors.chunk, scale * LOG2_E.value,
+        PICKS=picks, **_shape(block_size, config, heads), **widths(groups, heads, dk, dv),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    add_parts_kernel[(triton.cdiv(tokens * num_heads, _MERGED_ROWS),)](
+        parts, blocks, base, dq, *base.stride()[:2], *dq.stride()[:2], *blocks.stride(), tokens * num_heads, scale,
+        GROUPS=groups, HEADS=heads, PICKS=picks, DK=dk, DK_PADDED=triton.next_power_of_2(dk), ROWS=_MERGED_ROWS, num_warps=4,
+    )  # fmt: skip
+
+
+def _lists(visitors: Visitors) -> tuple[torch.Tensor, ...]:
+    assert visitors.places is not None
+    return visitors.places, visitors.offsets, visitors.item_offsets, visitors.item_lists
+
+
+def _shape(block_size: int, config: TileConfig, heads: int) -> dict[str, int]:
+    return {
+        "BLOCK": block_size,
+        "KEYS": max(16, triton.next_power_of_2(block_size)),
+        "TOKENS": config.tokens(heads),
+        "ROWS": config.rows,
+    }
