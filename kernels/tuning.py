@@ -78,11 +78,7 @@ _HOPPER: dict[str, Table] = {
         (192, _ANY, TileConfig(64, 64, 4, 2)),
         (256, _ANY, TileConfig(64, 64, 8, 2)),
     ),
-    "by_block_dq": (
-        (128, _ANY, TileConfig(64, 64, 4, 2)),
-        (192, _ANY, TileConfig(64, 64, 4, 1)),
-        (256, _ANY, TileConfig(64, 64, 8, 1)),
-    ),
+    "by_block_dq": ((192, _ANY, TileConfig(64, 64, 4, 1)), (256, _ANY, TileConfig(64, 64, 8, 1))),
     "selection_scores": (
         (128, _ANY, TileConfig(128, 64, 4, 3, 32)),
         (192, _ANY, TileConfig(128, 64, 4, 2, 32)),

@@ -107,7 +107,8 @@ def query_gradients(
         do: [T, N, Dv], upstream gradient of the gated sum.
         window, compressed, selected: what the branches attend to, and their statistics.
         window_range, compressed_range: int32 [T] each, begin and end of the rows that a query sees, half open.
-        blocks, position, key_start, block_size: as in the forward of selected attention; without ``blocks`` its branch adds nothing.
+        blocks, position, key_start, block_size: as in the forward of selected attention; without ``blocks`` its branch adds
+            nothing.
         scale: positive factor of the scores.
         lists: as in the forward of selected attention.
         out: [T, N, Dk] to write to, channels contiguous, in place of a new tensor.
@@ -132,8 +133,8 @@ def query_gradients(
         return dq
     q, do = channels_last(q), channels_last(do)
     branches = (window, compressed, selected)
-    by_itself = lists is not None and blocks is not None and config is None and bulk is None
-    if by_itself and by_block.suits(heads, block_size, dk, dv, q.element_size()):
+    few = heads <= by_block.MOST_HEADS_DQ and lists is not None and config is None and bulk is None
+    if few and blocks is not None and by_block.fits(block_size, dk, dv, q.element_size()):
         tables = (position, key_start, block_size, scale)
         _selected_by_block(q, do, branches, window_range, compressed_range, blocks, lists, *tables, dq, hopper)
         return dq
@@ -190,9 +191,13 @@ def _selected_by_block(
     tokens, num_heads, dk = q.shape
     block_start, block_base = lists
     k, v = (channels_last(x) for x in branches[2][:2])
+
+    def part(branch: Branch, rows: slice) -> Branch:
+        return Branch(branch.k, branch.v, branch.shift[rows].contiguous(), branch.delta[rows].contiguous())
+
     for rows in by_block.passes(tokens, blocks.shape[2] * num_heads * dk * 4):
         tables = (position[rows], key_start[rows])
-        window, compressed, selected = (Branch(b.k, b.v, b.shift[rows].contiguous(), b.delta[rows].contiguous()) for b in branches)
+        window, compressed, selected = (part(branch, rows) for branch in branches)
         ranges = [tuple(x[rows] for x in ends) for ends in (window_range, compressed_range)]
         base = torch.empty(rows.stop - rows.start, num_heads, dk, dtype=torch.float32, device=q.device)
         query_gradients(

@@ -1,11 +1,11 @@
 """Selected attention block by block, for groups of few query heads: forward, and its part of dq.
 
-A tile of adjacent queries (``forward.py``) walks the union of their blocks. With few heads a group a tile holds many tokens, which
-agree on little, so that most rows of it wait in every step. Here each block meets the queries that chose it, in tiles of which
-every row counts, and leaves what each query got from it; a second kernel adds up a query's parts in the order of its blocks.
+A tile of adjacent queries (``forward.py``) walks the union of their blocks. With few heads a group a tile holds many tokens,
+which agree on little, so that most rows of it wait in every step. Here each block meets the queries that chose it, in tiles of
+which every row counts, and leaves what each query got from it; a second kernel adds up a query's parts in the order of its blocks.
 
-A part is a row of every visit, so tokens are taken in passes of bounded size. No atomics: the same inputs give the same bits, and a
-query's do not depend on the queries around it.
+A part is a row of every visit, so tokens are taken in passes of bounded size. No atomics: the same inputs give the same bits, and
+a query's do not depend on the queries around it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from ..interval_attention.backward import add_score_gradients, load_queries, sco
 from ..tuning import TileConfig, tile_config
 from .unions import Visitors, find_visitors
 
-# Query heads of a group up to which this way is the faster one (docs/kernels.md).
-MOST_HEADS = 4
+# Query heads of a group up to which this way is the faster one (docs/kernels.md): of the forward, and of dq, whose parts are
+# float32, twice as long.
+MOST_HEADS, MOST_HEADS_DQ = 4, 2
 # Bytes of parts held at once.
 _WORKSPACE_BYTES = 1 << 30
 # Bytes of a block's keys and values, which stay on the multiprocessor.
@@ -31,10 +32,10 @@ _MOST_BLOCK_BYTES = 64 << 10
 _MERGED_ROWS = 16
 
 
-def suits(heads: int, block_size: int, dk: int, dv: int, itemsize: int) -> bool:
-    """Whether groups of ``heads`` and blocks of ``block_size`` rows of Dk + Dv channels are for this way."""
+def fits(block_size: int, dk: int, dv: int, itemsize: int) -> bool:
+    """Whether blocks of ``block_size`` rows of Dk + Dv channels stay on the multiprocessor."""
     rows = triton.next_power_of_2(max(16, block_size))
-    return heads <= MOST_HEADS and rows * (dk + dv) * itemsize <= _MOST_BLOCK_BYTES
+    return rows * (dk + dv) * itemsize <= _MOST_BLOCK_BYTES
 
 
 @triton.jit
@@ -144,7 +145,7 @@ def attend_by_block_kernel(
 
 @triton.jit
 def _query_rows(num_rows, HEADS: tl.constexpr, PICKS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr):
-    """Rows (token, head) of this program: token, head, which exist, the place of the first pick, and the head within its group."""
+    """Rows (token, head) of this program: token, head, which exist, the place of the first pick, the head within its group."""
     wanted = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = wanted < num_rows
     row = tl.minimum(wanted, num_rows - 1)
@@ -156,7 +157,8 @@ def _query_rows(num_rows, HEADS: tl.constexpr, PICKS: tl.constexpr, GROUPS: tl.c
 
 @triton.jit(do_not_specialize=["num_rows"])
 def merge_parts_kernel(
-    out_parts_ptr, lse_parts_ptr, blocks_ptr, out_ptr, lse_ptr, out_stride_t, out_stride_h, stride_t, stride_g, stride_n, num_rows,
+    out_parts_ptr, lse_parts_ptr, blocks_ptr, out_ptr, lse_ptr,
+    out_stride_t, out_stride_h, stride_t, stride_g, stride_n, num_rows,
     GROUPS: tl.constexpr, HEADS: tl.constexpr, PICKS: tl.constexpr, PADDED_PICKS: tl.constexpr,
     DV: tl.constexpr, DV_PADDED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -306,7 +308,8 @@ def selected_attention_forward(
         lse_parts = torch.empty(count * picks * num_heads, dtype=torch.float32, device=q.device)
         attend_by_block_kernel[(groups * visitors.items_per_group,)](
             q[rows], k, v, out_parts, lse_parts, *_lists(visitors), block_start, position[rows], key_start[rows],
-            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], num_keys, visitors.num_blocks, visitors.chunk, scale * LOG2_E.value,
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+            num_keys, visitors.num_blocks, visitors.chunk, scale * LOG2_E.value,
             PICKS=picks, **_shape(block_size, config, heads), **widths(groups, heads, dk, dv),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip

@@ -199,8 +199,8 @@ def selected_attention_forward(
     lse = torch.empty(tokens, num_heads, dtype=torch.float32, device=q.device)
     if tokens == 0:
         return out, lse
-    by_itself = lists is not None and config is None and bulk is None
-    if by_itself and by_block.suits(heads, block_size, dk, dv, q.element_size()):
+    few = heads <= by_block.MOST_HEADS and lists is not None and config is None and bulk is None
+    if few and by_block.fits(block_size, dk, dv, q.element_size()):
         by_block.selected_attention_forward(q, k, v, blocks, position, key_start, *lists, block_size, scale, out, lse)
         return out, lse
     config = config or tile_config("selected_forward", q.dtype, q.device, heads, max(dk, dv))

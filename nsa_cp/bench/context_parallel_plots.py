@@ -1,14 +1,17 @@
-"""Plots of ``docs/benchmarks/context_parallel.csv``: efficiency, exposed communication and memory against length."""
+"""Plots of what ``nsa-cp bench context-parallel`` measured: efficiency, exposed communication and memory against length."""
 
 from __future__ import annotations
 
 import csv
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
-from nsa_cp.bench.context_parallel import ONE_GPU
-from nsa_cp.bench.plots import _INK, _MUTED, _STAGE_COLOURS, _axes, _finish, _length_axis
+from nsa_cp.bench.context_parallel import ONE_GPU, PASSES
+from nsa_cp.bench.plots import _GRID, _INK, _MUTED, _STAGE_COLOURS, _axes, _finish, _length_axis
+
+# Labels at the ends of lines stand so far apart at least, as a part of the axis.
+_LABEL_GAP = 0.05
 
 
 def plot_context_parallel(path: Path, folder: Path) -> list[Path]:
@@ -30,34 +33,70 @@ def plot_context_parallel(path: Path, folder: Path) -> list[Path]:
                 lambda row: 100 * float(row["exposed_ms"]) / float(row["p50_ms"]), folder / f"{path.stem}_exposed.png",
             )
         )  # fmt: skip
-        backward = [row for row in rows if row["pass"] == "backward"]
-        title = "Peak memory a rank, forward and backward, inputs included"
-        drawn.append(_plot(backward, title, "GiB", lambda row: float(row["peak_gib"]), folder / f"{path.stem}_memory.png"))
+        title = "Peak memory a rank, inputs included; backward: forward and backward together"
+        drawn.append(_plot(rows, title, "GiB", lambda row: float(row["peak_gib"]), folder / f"{path.stem}_memory.png"))
     return drawn
 
 
 def _name(row: dict[str, str]) -> str:
+    if row["comm"] == ONE_GPU:
+        return "1 GPU"
     split = f"CP {row['cp']}" + (f" x TP {row['tp']}" if row["tp"] != "1" else "")
     return f"{split}, {row['layout']}, {row['comm'].replace('_', '-')}"
 
 
 def _plot(rows: list[dict[str, str]], title: str, ylabel: str, value: Callable[[dict[str, str]], float], path: Path) -> Path:
-    """One line for each number of GPUs, layout and transport (a colour) and pass (forward dashed)."""
-    series: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+    """A panel for each pass; in it a line for each number of GPUs, layout and transport, in a colour that is the same in all."""
+    series: dict[str, dict[str, dict[int, float]]] = {pass_: defaultdict(dict) for pass_ in PASSES}
     for row in rows:
-        name = "1 GPU" if row["comm"] == ONE_GPU else _name(row)
-        series[name, row["pass"]][int(row["seq_len"])] = value(row)
-    names = list(dict.fromkeys(name for name, _ in series))
-    figure, axes = _axes(title, ylabel)
-    for (name, pass_), points in series.items():
-        colour = _STAGE_COLOURS[names.index(name) % len(_STAGE_COLOURS)]
-        lengths = sorted(points)
-        heights = [points[length] for length in lengths]
-        dashes = "--" if pass_ == "forward" else "-"
-        axes.plot(lengths, heights, dashes, color=colour, linewidth=2, marker="o", markersize=5, label=f"{name}, {pass_}")
-        axes.annotate(
-            f"{heights[-1]:.1f}", (lengths[-1], heights[-1]), textcoords="offset points", xytext=(6, -3), fontsize=8, color=_INK
-        )
-    _length_axis(axes, {length for points in series.values() for length in points})
-    axes.legend(frameon=False, fontsize=7, labelcolor=_MUTED)
+        series[row["pass"]][_name(row)][int(row["seq_len"])] = value(row)
+    names = list(dict.fromkeys(_name(row) for row in rows if row["comm"] != ONE_GPU))
+    figure, panels, key = _panels(title, ylabel)
+    for panel, pass_ in zip(panels, PASSES, strict=True):
+        for name, points in series[pass_].items():
+            colour = _STAGE_COLOURS[names.index(name) % len(_STAGE_COLOURS)] if name in names else _MUTED
+            lengths = sorted(points)
+            heights = [points[length] for length in lengths]
+            panel.plot(lengths, heights, color=colour, linewidth=2, marker="o", markersize=5, label=name)
+        _length_axis(panel, {int(row["seq_len"]) for row in rows})
+    for panel, pass_ in zip(panels, PASSES, strict=True):
+        _label_ends(panel, series[pass_].values())
+    handles = panels[0].get_legend_handles_labels()
+    key.legend(*handles, loc="center", ncols=3, frameon=False, fontsize=8, labelcolor=_MUTED)
     return _finish(figure, path)
+
+
+def _panels(title: str, ylabel: str):  # noqa: ANN202 - matplotlib is imported late
+    """The figure, axes side by side on one scale for each pass, and empty ones below for the legend."""
+    figure, first = _axes(PASSES[0], ylabel)
+    figure.set_size_inches(9, 4.8)
+    figure.suptitle(title, x=0.01, ha="left", color=_INK, fontsize=11)
+    grid = figure.add_gridspec(2, len(PASSES), height_ratios=(9, 1))
+    first.set_subplotspec(grid[0, 0])
+    panels = [first]
+    for column, pass_ in enumerate(PASSES[1:], 1):
+        panel = figure.add_subplot(grid[0, column], sharey=first)
+        panel.set_title(pass_, loc="left", color=_INK, fontsize=11)
+        panel.grid(axis="y", color=_GRID, linewidth=0.8)
+        panel.set_axisbelow(True)
+        panel.tick_params(colors=_MUTED, length=0)
+        panel.spines[["top", "right", "left"]].set_visible(False)
+        panel.spines["bottom"].set_color(_GRID)
+        panels.append(panel)
+    key = figure.add_subplot(grid[1, :])
+    key.set_axis_off()
+    return figure, panels, key
+
+
+def _label_ends(axes, series: Collection[dict[int, float]]) -> None:  # noqa: ANN001
+    """The last value of each line, to the right of it; where lines end together the labels are moved up, one above the other."""
+    ends: dict[int, set[str]] = defaultdict(set)
+    for points in series:
+        ends[max(points)].add(f"{points[max(points)]:.1f}")
+    bottom, top = axes.get_ylim()
+    for length, labels in ends.items():
+        place = float("-inf")
+        for label in sorted(labels, key=float):
+            place = max(float(label), place + _LABEL_GAP * (top - bottom))
+            at = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
+            axes.annotate(label, (length, place), **at, fontsize=8, color=_INK)

@@ -24,12 +24,14 @@ GIB = float(1 << 30)
 UNIT = 65536
 LINEAR = ("compression", "recompression", "selected", "window", "gating")
 QUADRATIC = ("compressed", "selection")
-# What dq takes of the branches' backward: 32.5 of 66.3 ms, profiled in the whole at 64k, 64/4 heads of 128, before the Gluon
-# kernels (28.9 of 56.4 with them).
-QUERY_GRADIENT_SHARE = 0.49
+# What dq takes of the branches' backward: 28.9 of 56.4 ms, profiled in the whole at 64k, 64/4 heads of 128; since then the
+# selected branch's dk, dv take about 1 ms less.
+QUERY_GRADIENT_SHARE = 0.52
 # Bytes that sorting the chosen blocks moves a block: four radix passes over an int32 key and an int64 place, read and written,
 # and about as much as half of that to make the keys and divide the places. Counted, not measured.
 SORTED_BYTES = 150
+# Channels of the keys that stand in for values where scoring's normaliser is formed once more (``interval_lse`` on Hopper).
+STAND_IN_CHANNELS = 64
 # The hosts' agreement is gloo's all-gather, a ring of cp - 1 messages one after the other: milliseconds of each. An assumption,
 # the network's latency; ``--agreement-step-ms`` takes a measured one.
 AGREEMENT_STEP_MS = 0.05
@@ -41,7 +43,7 @@ class Link:
 
     Attributes:
         all_gather, exchange, reduce_scatter: (bytes, ms), ascending; beyond the last point the last line goes on.
-        step_ms: what every rank beyond two adds to a collective. An assumption: more than two ranks have not been measured.
+        step_ms: what every rank beyond two adds to a collective. An assumption: collectives alone were timed between two ranks.
     """
 
     all_gather: tuple[tuple[float, float], ...]
@@ -249,14 +251,11 @@ class CostModel:
             lanes.compute(self._kernel("forward", "compressed", tokens, cp))
         # All compressed keys are there: the choice of blocks needs no transfer.
         lanes.compute(self._kernel("forward", "selection", tokens, cp))
-        out = self.itemsize * tokens / cp * self.kernels.heads.num_heads * self.kernels.heads.v_dim
         for group in range(groups):
             # The next group's rows set out before this one's are awaited.
             following = self._gather(lanes, raw, cp) if group + 1 < groups else 0.0
             self._arrive(lanes, raw_there, raw)
             lanes.compute(self._kernel("forward", "selected", tokens, cp) / groups)
-            # Of several groups each one's output was put in its place when docs/benchmarks was measured; it is written there now.
-            lanes.compute(self._copy(2 * out / groups if groups > 1 else 0.0))
             raw_there = following
         lanes.compute(self._kernel("forward", "gating", tokens, cp))
         # All kernels are queued, so the hosts' answer delays the call only if these have ended before it is there.
@@ -278,7 +277,7 @@ class CostModel:
             lanes.compute(kernel / cp + self._copy((24 + self.itemsize) * elements))
         # The output is zeroed before and rounded after.
         lanes.compute(self._copy((8 + self.itemsize) * elements))
-        lanes.compute(kernel * heads.qk_dim / (heads.qk_dim + heads.v_dim))
+        lanes.compute(kernel * (heads.qk_dim + min(STAND_IN_CHANNELS, heads.v_dim)) / (heads.qk_dim + heads.v_dim))
 
     def _backward(self, lanes: _Lanes, tokens: int, cp: int) -> None:
         """``_GatedSum.backward``, then ``_Branches.backward``."""
@@ -317,9 +316,9 @@ class CostModel:
             lanes.wait(summed)
             summed, raw_there = under_way, following
         lanes.wait(summed)
-        # Groups side by side: float32 gradients of the window's rows, and of own compressed and own selected rows (these rounded
-        # on the way since docs/benchmarks was measured).
-        joined = self._float32(2 * raw * groups + compressed) / cp
+        # Groups side by side: float32 gradients of the window's rows and of own compressed ones. (Those of selected rows are
+        # rounded on the way, which one GPU does too.)
+        joined = self._float32(raw * groups + compressed) / cp
         lanes.compute(self._copy(2 * joined if groups > 1 else 0.0))
         lanes.compute(self._kernel("backward", "compression", tokens, cp))
         # Gradients of halo rows, float32, are cut out of the buffers and go back; nothing is left to compute.
@@ -327,17 +326,20 @@ class CostModel:
         lanes.wait(lanes.issue("exchange", self._float32(self._halo_bytes(cp))))
 
     def peak_gib(self, pass_: str, tokens: int, cp: int) -> float:
-        """What grows with the rank's own tokens, as measured on one GPU, and what is gathered from all."""
+        """At the fuller of two moments: all outputs held, one GPU's own peak, or rows of all ranks beside the rank's own."""
         own = self.kernels.bytes_per_token.get(pass_, 0.0) * tokens / cp
         if cp == 1:
             return own / GIB
+        # While gathered rows are held the gated sum is not there yet; in the backward the branches' outputs have made room, not
+        # all of which dq and gradients of own rows take.
+        beside = own - self.itemsize * tokens / cp * self.kernels.heads.num_heads * self.kernels.heads.v_dim
         raw, compressed = self._raw_bytes(tokens), self._compressed_bytes(tokens)
         # Raw rows of a group: as they arrive, in order, and the next group's arriving.
         gathered = compressed + 3 * raw
         if pass_ == "backward":
             # Their float32 gradients: as computed, as a message, and the message of the group before, still travelling.
             gathered += 3 * 4 / self.itemsize * (raw + compressed / self.kernels.heads.num_groups)
-        return (own + gathered) / GIB
+        return max(own, beside + gathered) / GIB
 
     def _kernel(self, pass_: str, stage: str, tokens: int, cp: int) -> float:
         """On the slowest rank: the last one of a contiguous cut holds the queries that see most."""

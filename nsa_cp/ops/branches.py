@@ -93,8 +93,8 @@ class BranchesBackward:
         window, compressed, selected = (kernel.Branch(b.k, b.v, *b.statistics) for b in self.branches)
         ranges = (plan.window_intervals.of_queries, plan.compressed_intervals.of_queries)
         tables = (self.chosen.blocks, plan.position, plan.key_start, plan.config.select_block_size)
-        lists = (plan.block_start, plan.block_base)
-        kernel.query_gradients(self.q, self.grad, window, compressed, selected, *ranges, *tables, self._scale, lists=lists, out=out)
+        options = {"lists": (plan.block_start, plan.block_base), "out": out}
+        kernel.query_gradients(self.q, self.grad, window, compressed, selected, *ranges, *tables, self._scale, **options)
 
     @property
     def _scale(self) -> float:

@@ -94,9 +94,9 @@ def test_backward_transfers_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ring_transfers_by_hand() -> None:
     model = CostModel(KERNELS, _link(0.0, exchange=8.0), replace(CONFIG, compressed_comm="ring"))
     # Halo 0-8. Compression -8.5, the shard sets out before the window, 8.5-16.5. Window -12.5, own shard -14, the other's waited
-    # for until 16.5 (2.5 exposed), -18; normaliser -19.5, selection -21.5, selected -31.5, gating -32.5.
+    # for until 16.5 (2.5 exposed), -18; normaliser -21, selection -23, selected -33, gating -34.
     forward = model.predict("forward", UNIT, 2)
-    assert forward.ms == pytest.approx(32.5) and forward.exposed_ms == pytest.approx(8 + 2.5)
+    assert forward.ms == pytest.approx(34) and forward.exposed_ms == pytest.approx(8 + 2.5)
 
 
 def test_copies_by_hand() -> None:
@@ -105,11 +105,10 @@ def test_copies_by_hand() -> None:
     model = CostModel(replace(KERNELS, copy_bytes_per_ms=rate), _link(0.0), CONFIG)
     # Own rows of two branches into the halo's buffers; packing a half and ordering the whole, of both gathers.
     fetched = 2 * (2 * raw * 2 / 2) + 2 * (compressed / 2 + compressed) + 2 * 2 * (raw / 2 + raw)
-    out = UNIT / 2 * 8 * 64 * 2
     forward = model.predict("forward", UNIT, 2)
-    assert forward.ms - 41 / 2 == pytest.approx((fetched + 2 * out) / rate) and forward.exposed_ms == 0
-    # Float32: messages of whole gradients; two branches' own rows and own compressed tokens joined; halo rows cut out.
-    returned = 2 * 2 * (compressed + 2 * raw) + 2 * 2 * (2 * raw * 2 + compressed) / 2 + 2 * 2 * (2 * raw * 2 / 2)
+    assert forward.ms - 41 / 2 == pytest.approx(fetched / rate) and forward.exposed_ms == 0
+    # Float32: messages of whole gradients; the window's own rows and own compressed tokens joined; halo rows cut out.
+    returned = 2 * 2 * (compressed + 2 * raw) + 2 * 2 * (raw * 2 + compressed) / 2 + 2 * 2 * (2 * raw * 2 / 2)
     backward = model.predict("backward", UNIT, 2)
     assert backward.ms - 38 / 2 == pytest.approx((fetched + returned) / rate) and backward.exposed_ms == 0
 
@@ -145,17 +144,25 @@ def test_the_last_rank_of_a_contiguous_cut_does_more() -> None:
 
 
 def test_the_ring_pays_for_its_second_normaliser() -> None:
-    ring = CostModel(KERNELS, _link(0.0), replace(CONFIG, compressed_comm="ring")).predict("forward", UNIT, 2)
-    assert ring.ms == pytest.approx((41 + 6 / 2) / 2)
+    """In place of values 64 channels of the keys: heads of 128 have half of the second product left, heads of 64 all of it."""
+    for width, normaliser in ((128, 6 * 3 / 4), (64, 6)):
+        kernels = replace(KERNELS, heads=HeadLayout(8, 2, width, width))
+        ring = CostModel(kernels, _link(0.0), replace(CONFIG, compressed_comm="ring")).predict("forward", UNIT, 2)
+        assert ring.ms == pytest.approx((41 + normaliser) / 2)
 
 
 def test_memory_by_hand() -> None:
-    raw, compressed = UNIT * TOKEN, UNIT * TOKEN * 2 / 16
+    raw, compressed, out = UNIT * TOKEN, UNIT * TOKEN * 2 / 16, UNIT * 8 * 64 * 2
     model = CostModel(KERNELS, _link(0.0), CONFIG)
     assert model.peak_gib("forward", UNIT, 1) == pytest.approx(1e4 * UNIT / GIB)
-    assert model.peak_gib("forward", UNIT, 2) == pytest.approx((1e4 * UNIT / 2 + compressed + 3 * raw) / GIB)
-    expected = 2e4 * UNIT / 2 + compressed + 3 * raw + 6 * (raw + compressed / 2)
-    assert model.peak_gib("backward", UNIT, 2) == pytest.approx(expected / GIB)
+    # Gathered rows of all tokens are more than the gated sum of half of them.
+    gathered = compressed + 3 * raw
+    assert model.peak_gib("forward", UNIT, 2) == pytest.approx(((1e4 * UNIT - out) / 2 + gathered) / GIB)
+    with_gradients = gathered + 6 * (raw + compressed / 2)
+    assert model.peak_gib("backward", UNIT, 2) == pytest.approx(((2e4 * UNIT - out) / 2 + with_gradients) / GIB)
+    # Outputs of eight times the heads outweigh what is gathered.
+    heads = replace(KERNELS, heads=HeadLayout(64, 2, 64, 64))
+    assert replace(model, kernels=heads).peak_gib("backward", UNIT, 2) == pytest.approx(2e4 * UNIT / 2 / GIB)
 
 
 def test_coefficients_are_found_again() -> None:

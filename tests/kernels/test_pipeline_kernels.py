@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nsa_cp.config import NSAConfig, RotaryConfig
+from nsa_cp.kernels.selected_attention import by_block
 from nsa_cp.testing import relative_error
 from nsa_cp.testing.cases import make_problem, solve
 
@@ -29,7 +30,8 @@ LAUNCHERS = [
 def test_whole_method(compressor: str, bulk: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU tiles come in bulk where they can; the interpreter plays both. Selected attention goes both its ways."""
     if bulk:
-        monkeypatch.setattr("nsa_cp.kernels.selected_attention.by_block.MOST_HEADS", 0)
+        monkeypatch.setattr(by_block, "MOST_HEADS", 0)
+        monkeypatch.setattr(by_block, "MOST_HEADS_DQ", 0)
     if device == "cpu":
         for name in LAUNCHERS:
             monkeypatch.setattr(f"nsa_cp.kernels.{name}.copies_in_bulk", lambda *tensors: bulk)

@@ -304,9 +304,8 @@ def test_block_by_block_in_any_passes_and_items(device: str) -> None:
 
 def test_which_shapes_go_block_by_block(device: str) -> None:
     """Small groups, whose blocks stay on the multiprocessor; only where the launcher is told the blocks' rows."""
-    assert by_block.suits(4, 64, 128, 128, 2) and by_block.suits(1, 32, 64, 64, 4)
-    assert not by_block.suits(5, 64, 128, 128, 2)
-    assert not by_block.suits(4, 128, 256, 256, 2)
+    assert by_block.fits(64, 256, 256, 2) and by_block.fits(128, 128, 128, 2) and by_block.fits(33, 64, 64, 4)
+    assert not by_block.fits(128, 192, 128, 2)
     problem = CASES["2heads-packed"]
     (q, k, v, _), _ = make_inputs(problem, torch.float32, device)
     tables = make_tables(problem, device)
@@ -316,6 +315,8 @@ def test_which_shapes_go_block_by_block(device: str) -> None:
         selected_attention_forward(q, k, v, *choice, problem.block, 0.3)
         with pytest.raises(TypeError):
             selected_attention_forward(q, k, v, *choice, problem.block, 0.3, lists=lists)
+        patch.setattr(by_block, "MOST_HEADS", 1)
+        selected_attention_forward(q, k, v, *choice, problem.block, 0.3, lists=lists)
 
 
 def test_partial_sums_stay_bounded() -> None:
