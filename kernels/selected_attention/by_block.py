@@ -2,7 +2,8 @@
 
 A tile of adjacent queries (``forward.py``) walks the union of their blocks. With few heads a group a tile holds many tokens,
 which agree on little, so that most rows of it wait in every step. Here each block meets the queries that chose it, in tiles of
-which every row counts, and leaves what each query got from it; a second kernel adds up a query's parts in the order of its blocks.
+which every row counts, and leaves what each query got from it; a second kernel adds up a query's parts in the order of its
+blocks.
 
 A part is a row of every visit, so tokens are taken in passes of bounded size. No atomics: the same inputs give the same bits, and
 a query's do not depend on the queries around it.

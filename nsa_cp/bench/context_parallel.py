@@ -23,7 +23,7 @@ from nsa_cp.bench.machine import machine_facts
 from nsa_cp.bench.replay import RecordedTransfers
 from nsa_cp.bench.timing import measure, peak_memory
 from nsa_cp.config import NSAConfig
-from nsa_cp.context_parallel import SequenceLayout, Traffic, count_traffic
+from nsa_cp.context_parallel import SequenceLayout, count_traffic
 from nsa_cp.ops import NSAOutput, native_sparse_attention, remote_blocks
 
 PASSES = ("forward", "backward")
@@ -175,25 +175,27 @@ def _local_figures(seq_len: int, settings: Settings, group: dist.ProcessGroup | 
         return _gradients(forward().out, x)
 
     peaks = {"forward": peak_memory(forward, device), "backward": peak_memory(both, device)}
-    recorded = {pass_: RecordedTransfers() for pass_ in PASSES}
-    counted: dict[str, Traffic] = {}
-    with count_traffic() as counted["forward"], recorded["forward"].record():
-        result = forward()
-    with count_traffic() as counted["backward"], recorded["backward"].record():
-        _gradients(result.out, x, keep=True)
+    timed = {"forward": _timed(forward, settings, group)}
+    # Only now, so that a forward is never timed beside the graph of another one: that is half of what one GPU holds at a time.
+    result = forward()
+    timed["backward"] = _timed(lambda: _gradients(result.out, x, keep=True), settings, group)
     needed = float(remote_blocks(result.blocks, layout, config).needed)
-    calls: dict[str, Callable[[], object]] = {
-        "forward": forward,
-        "backward": lambda: _gradients(result.out, x, keep=True),
-    }
-    times, silent = {}, {}
-    for pass_, call in calls.items():
-        times[pass_], repetitions = _time(call, settings, group)
-        if group is not None:
-            replayed = partial(_replayed, call, recorded[pass_])
-            silent[pass_] = measure(lambda _, run=replayed: run(), device, repetitions=repetitions).p50_ms
-    traffic = {pass_: (count.sent, count.received) for pass_, count in counted.items()}
-    return _Figures(times, silent, peaks, traffic, needed)
+    times, silent, traffic = ({pass_: figures[i] for pass_, figures in timed.items()} for i in range(3))
+    return _Figures(times, {} if group is None else silent, peaks, traffic, needed)
+
+
+def _timed(
+    call: Callable[[], object], settings: Settings, group: dist.ProcessGroup | None
+) -> tuple[float, float, tuple[int, int]]:
+    """Of a pass: ms, ms with communication switched off (nan without ``group``), and bytes sent and received."""
+    recorded, silent = RecordedTransfers(), float("nan")
+    with count_traffic() as counted, recorded.record():
+        call()
+    time, repetitions = _time(call, settings, group)
+    if group is not None:
+        replayed = partial(_replayed, call, recorded)
+        silent = measure(lambda _: replayed(), settings.device, repetitions=repetitions).p50_ms
+    return time, silent, (counted.sent, counted.received)
 
 
 def make_step(seq_len: int, settings: Settings) -> Callable[[], object]:
