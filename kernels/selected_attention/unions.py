@@ -172,6 +172,51 @@ def list_numbers_kernel(
     tl.store(out_ptr + place, number, mask=mask)
 
 
+@triton.jit
+def _lower_bound(sorted_ptr, value, length, steps):
+    """How many of the ``length`` ascending numbers are less than ``value``; ``steps`` is the bit length of ``length``."""
+    low = tl.zeros_like(value)
+    high = low + length
+    for _ in tl.range(0, steps):
+        middle = low + (high - low) // 2
+        less = tl.load(sorted_ptr + middle, mask=low < high, other=INT_MAX) < value
+        low = tl.where(less, middle + 1, low)
+        high = tl.where(less, high, middle)
+    return low
+
+
+@triton.jit(do_not_specialize=["lists", "total", "steps", "chunk"])
+def count_items_kernel(ordered_ptr, offsets_ptr, counts_ptr, lists, total, steps, chunk, TILE: tl.constexpr):
+    """Where each list starts in the sorted list numbers of all picks, and in the next place of either row of counts
+    [2, lists + 1] its work items, and those if there are several; the first place of each is 0."""
+    place = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    mask = place <= lists
+    first = _lower_bound(ordered_ptr, place, total, steps)
+    items = tl.maximum(tl.cdiv(_lower_bound(ordered_ptr, place + 1, total, steps) - first, chunk), 1)
+    tl.store(offsets_ptr + place, first, mask=mask)
+    for row in tl.static_range(2):
+        counts = counts_ptr + row * (lists + 1)
+        tl.store(counts + place + 1, items if row == 0 else tl.where(items > 1, items, 0), mask=place < lists)
+        tl.store(counts + place, tl.zeros_like(items), mask=place == 0)
+
+
+@triton.jit(do_not_specialize=["total", "num_items", "num_offsets", "steps", "picks_per_token"])
+def list_items_kernel(
+    order_ptr, item_offsets_ptr, queries_ptr, places_ptr, item_lists_ptr,
+    total, num_items, num_offsets, steps, picks_per_token, PLACES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The token of every sorted pick, with PLACES the pick's number too, and the list of every work item."""
+    index = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    pick = tl.load(order_ptr + index, mask=index < total, other=0).to(tl.int32)
+    tl.store(queries_ptr + index, pick // picks_per_token, mask=index < total)
+    if PLACES:
+        tl.store(places_ptr + index, pick, mask=index < total)
+    # Items are far fewer than picks.
+    if tl.program_id(0) * TILE < num_items:
+        number = _lower_bound(item_offsets_ptr, index + 1, num_offsets, steps) - 1
+        tl.store(item_lists_ptr + index, number, mask=index < num_items)
+
+
 def find_visitors(
     blocks: torch.Tensor, block_base: torch.Tensor, num_blocks: int, chunk: int | None = None, *, places: bool = False
 ) -> Visitors:
@@ -196,22 +241,28 @@ def find_visitors(
             blocks, block_base, key, *blocks.stride(), num_blocks, key.numel(), GROUPS=groups, PICKS=picks, TILE=1024, num_warps=4
         )
     ordered, order = key.sort(stable=True)
-    bounds = torch.arange(lists + 1, dtype=torch.int32, device=blocks.device)
-    offsets = torch.searchsorted(ordered, bounds, out_int32=True)
-    # Both running sums at once: of the items, and of those that lists of several have.
-    items = offsets.diff().add_(chunk - 1).div_(chunk, rounding_mode="floor").clamp_(min=1)
-    running = torch.zeros(2, lists + 1, dtype=torch.int32, device=blocks.device)
-    torch.cumsum(torch.stack([items, items * (items > 1)]), 1, dtype=torch.int32, out=running[:, 1:])
-    item_offsets, slot_offsets = running
+    int32 = {"dtype": torch.int32, "device": blocks.device}
+    offsets = torch.empty(lists + 1, **int32)
+    # Of the items and, below, of those that lists of several have; their running sums start at 0.
+    counts = torch.empty(2, lists + 1, **int32)
+    count_items_kernel[(triton.cdiv(lists + 1, 128),)](
+        ordered, offsets, counts, lists, key.numel(), key.numel().bit_length(), chunk, TILE=128, num_warps=4
+    )
+    item_offsets, slot_offsets = running = torch.empty_like(counts)
+    torch.cumsum(counts, 1, dtype=torch.int32, out=running)
     most_split = tokens * picks // chunk
     items_per_group = num_blocks + most_split
-    item = torch.arange(groups * items_per_group, dtype=torch.int32, device=blocks.device)
-    item_lists = torch.searchsorted(item_offsets, item, right=True, out_int32=True) - 1
-    picked = order.to(torch.int32) if places else None
-    queries = order.div_(groups * picks, rounding_mode="floor").to(torch.int32)
+    item_lists = torch.empty(groups * items_per_group, **int32)
+    queries = torch.empty(key.numel(), **int32)
+    places_out = torch.empty(key.numel(), **int32) if places else None
+    list_items_kernel[(triton.cdiv(max(key.numel(), item_lists.numel(), 1), 1024),)](
+        order, item_offsets, queries, queries if places_out is None else places_out, item_lists,
+        key.numel(), item_lists.numel(), lists + 1, (lists + 1).bit_length(), groups * picks,
+        PLACES=places, TILE=1024, num_warps=4,
+    )  # fmt: skip
     slots_per_group = most_split + min(num_blocks, most_split)
     sizes = (chunk, num_blocks, items_per_group, slots_per_group)
-    return Visitors(queries, offsets, item_offsets, slot_offsets, item_lists, *sizes, places=picked)
+    return Visitors(queries, offsets, item_offsets, slot_offsets, item_lists, *sizes, places=places_out)
 
 
 def visitor_chunk(tokens: int, picks: int) -> int:

@@ -220,7 +220,8 @@ def test_visitors_invert_the_choice(device: str) -> None:
     problem = CASES["2heads-packed"]
     tables = make_tables(problem, device)
     blocks, chunk = tables.block_start.shape[0], 5
-    visitors = find_visitors(tables.blocks, tables.block_base, blocks, chunk)
+    visitors = find_visitors(tables.blocks, tables.block_base, blocks, chunk, places=True)
+    assert torch.equal(visitors.queries, visitors.places // (problem.groups * problem.picks))
     items = []
     for group in range(problem.groups):
         for block in range(blocks):
@@ -231,6 +232,8 @@ def test_visitors_invert_the_choice(device: str) -> None:
             expected = [t for t in expected if block >= tables.block_base[t]]
             first, last = visitors.offsets[number : number + 2].tolist()
             assert visitors.queries[first:last].tolist() == expected
+            picked = tables.blocks.flatten()[visitors.places[first:last].long()]
+            assert (picked == block - tables.block_base[visitors.queries[first:last].long()]).all()
             items += [number] * max(1, -(-len(expected) // chunk))
     assert visitors.item_lists[: len(items)].tolist() == items
     assert (visitors.item_lists[len(items) :] >= problem.groups * blocks).all()
