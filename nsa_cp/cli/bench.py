@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nsa_cp.cli import bench_context_parallel
+from nsa_cp.cli.arguments import positive
 from nsa_cp.training.errors import UserError, as_user_error
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="native sparse attention beside dense attention, on one device",
         description="Time forward and backward of the attention alone; prints a line a measurement and writes CSV and plots.",
     )
-    attention.add_argument("--seq-lens", type=bench_context_parallel.positive, nargs="+", default=[8192, 65536], metavar="S")
+    attention.add_argument("--seq-lens", type=positive, nargs="+", default=[8192, 65536], metavar="S")
     attention.add_argument("--heads", nargs="+", default=["64/4x128"], metavar="N/GxD[/Dv]", help="for example 64/4x192/128")
     attention.add_argument("--inputs", nargs="+", default=["random"], choices=["random", "drifting", "trained"])
     attention.add_argument("--trained-file", type=Path, default=None, metavar="FILE", help="tensors for --inputs trained")
@@ -40,7 +41,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     attention.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     attention.add_argument("--device", default="", help="cuda or cpu; default: cuda where it is there")
     attention.add_argument("--stages", action="store_true", help="also time each stage alone")
-    attention.add_argument("--repetitions", type=bench_context_parallel.positive, default=10)
+    attention.add_argument("--repetitions", type=positive, default=10)
     attention.add_argument("--csv", type=Path, default=None, metavar="FILE", help="write the rows, and plots beside them")
     for name in _SETTINGS:
         attention.add_argument(f"--{name.replace('_', '-')}", type=int, default=None, metavar="N")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import os
 import sys
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nsa_cp.cli.arguments import duration, positive, rate
 from nsa_cp.training.errors import UserError, as_user_error
 
 if TYPE_CHECKING:
@@ -24,39 +24,6 @@ _SETTINGS = ("compress_block_size", "compress_stride", "select_block_size", "num
 _TORCHRUN = "torchrun --nproc-per-node 2 -m nsa_cp.cli.main bench"
 _BENCHMARKS = Path("docs/benchmarks")
 _ATTENTION_CSV, _PARALLEL_CSV = _BENCHMARKS / "attention.csv", _BENCHMARKS / "context_parallel.csv"
-
-
-def positive(text: str) -> int:
-    """An argument that counts something: at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return int(text)
-
-
-def rate(text: str) -> float:
-    """An argument in units a second: finite and above 0."""
-    value = _number(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0, so nothing would ever arrive; give a rate, for example 50")
-    return value
-
-
-def duration(text: str) -> float:
-    """An argument in milliseconds: finite, 0 or more."""
-    value = _number(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is less than 0; give milliseconds, for example 0.05")
-    return value
-
-
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number; give one, for example 0.5")
-    return value
 
 
 def add_parsers(kinds: argparse._SubParsersAction) -> None:

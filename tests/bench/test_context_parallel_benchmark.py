@@ -75,6 +75,34 @@ def test_rows_of_every_combination_and_plots(workers, tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
+def test_tensor_parallel_ranks_divide_the_heads(workers, tmp_path: Path) -> None:
+    """Four ranks: two pairs, each with half of the heads and the whole sequence; one GPU has all heads."""
+    file = tmp_path / "scaling.csv"
+    arguments = ["--tp=2", "--repetitions=3", "--seconds=0.01", "--comms", "all_gather", "--csv", str(file)]
+    assert workers(4).run(_bench, *arguments) == [0] * 4
+    rows = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
+    together = [row for row in rows if row["comm"] != "none"]
+    assert {(row["cp"], row["tp"], row["num_heads"], row["num_groups"]) for row in together} == {("2", "2", "4", "2")}
+    assert {(row["cp"], row["tp"]) for row in rows if row["comm"] == "none"} == {("1", "1")}
+    for row in together:
+        quarter = float(row["one_gpu_p50_ms"]) / 4
+        assert float(row["efficiency"]) == pytest.approx(quarter / float(row["p50_ms"]), abs=1e-3)
+    assert {path.name for path in tmp_path.glob("*.png")} == {f"scaling_{x}.png" for x in ("efficiency", "exposed", "memory")}
+    assert workers(4).run(_bench, "--tp=2", "--check", "--comms", "all_gather") == [0] * 4
+
+
+def test_tensor_parallel_ranks_that_do_not_fit_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert main(["bench", "context-parallel", "--tp", "3"]) == 2
+    assert "4 K/V groups do not divide over 3 tensor-parallel ranks; use a divisor of 4" in capsys.readouterr().err
+    assert main(["bench", "context-parallel", "--tp", "3", "--heads", "12/3x16"]) == 2
+    assert "--tp 3 does not divide 4 processes; use a divisor of 4" in capsys.readouterr().err
+
+
+@pytest.mark.distributed
 def test_a_sequence_that_one_gpu_cannot_hold_is_still_measured(workers, tmp_path: Path) -> None:
     file = tmp_path / "context_parallel.csv"
     assert workers(2).run(_bench_without_memory, str(file)) == [0, 0]
