@@ -8,8 +8,10 @@ every call, one that repeats an old layout while another meets a new one is foun
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import hashlib
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -33,7 +35,7 @@ class Agreement:
         self._describe, self._rank = describe, group.rank()
         self._gathered = [torch.empty(1, dtype=torch.int64) for _ in range(group.size())]
         with _lost_ranks_named():
-            self._work = _hosts_of(group).all_gather(self._gathered, torch.tensor([digest]))
+            self._work = _gather_between_hosts(self._gathered, torch.tensor([digest]), group)
 
     def confirm(self) -> None:
         """Wait for the other hosts, not for any GPU.
@@ -109,42 +111,37 @@ def connect(group: dist.ProcessGroup) -> None:
     dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
 
 
-class _Hosts:
-    """The hosts of a group, able to gather: the group itself if it can move host memory, else gloo between the same ranks.
+# Of every group that cannot move host memory itself: gloo between the same ranks. A group that nobody holds any more goes, and its
+# gloo with it: kept until the interpreter ends, their threads may outlive it, and the process aborts.
+_gloo: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroupGloo] = weakref.WeakKeyDictionary()
+# How many groups of a name there have been: a name may be used again once its group is destroyed.
+_named: collections.Counter[str] = collections.Counter()
 
-    Gloo meets under the group's name, not under a name of torch's making: those count the groups that a process belongs to,
-    and ranks may belong to different numbers of them.
+
+def _gather_between_hosts(gathered: list[torch.Tensor], mine: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """Start to fill ``gathered`` with every rank's ``mine``. Collective."""
+    if "cpu:" in dist.get_backend_config(group):
+        return dist.all_gather(gathered, mine, group=group, async_op=True)
+    if group not in _gloo:
+        _gloo[group] = _meet(group)
+    return _gloo[group].allgather([gathered], [mine])
+
+
+def _meet(group: dist.ProcessGroup) -> dist.ProcessGroupGloo:
+    """Gloo between the ranks of ``group``.
+
+    They meet under the group's name, not under a name of torch's making: those count the groups that a process belongs to, and
+    ranks may belong to different numbers of them.
     """
-
-    def __init__(self, group: dist.ProcessGroup, number: int) -> None:
-        self._group, self._gloo = group, None
-        if "cpu:" in dist.get_backend_config(group):
-            return
-        # Its own timeout, where torch tells it; torch's default otherwise.
-        options = getattr(group._get_backend(torch.device("cuda")), "options", None)
-        timeout = getattr(options, "_timeout", None) or dist.default_pg_timeout
-        store = dist.PrefixStore(f"nsa_cp agreement/{group.group_name}/{number}", dist.distributed_c10d._get_default_store())
-        self._gloo = dist.ProcessGroupGloo(store, group.rank(), group.size(), timeout)
-        connect(group)
-
-    def all_gather(self, gathered: list[torch.Tensor], mine: torch.Tensor) -> dist.Work:
-        """Start to fill ``gathered`` with every rank's ``mine``."""
-        if self._gloo is None:
-            return dist.all_gather(gathered, mine, group=self._group, async_op=True)
-        return self._gloo.allgather([gathered], [mine])
-
-
-# By the name of a group, with how many of that name there have been: a name may be used again once its group is destroyed.
-_hosts: dict[str, tuple[dist.ProcessGroup, int, _Hosts]] = {}
-
-
-def _hosts_of(group: dist.ProcessGroup) -> _Hosts:
-    """The hosts of ``group``, made on first use by all its ranks."""
-    known, number, hosts = _hosts.get(group.group_name, (None, 0, None))
-    if known is not group:
-        hosts = _Hosts(group, number + 1)
-        _hosts[group.group_name] = (group, number + 1, hosts)
-    return hosts
+    _named[group.group_name] += 1
+    # Its own timeout, where torch tells it; torch's default otherwise.
+    options = getattr(group._get_backend(torch.device("cuda")), "options", None)
+    timeout = getattr(options, "_timeout", None) or dist.default_pg_timeout
+    place = f"nsa_cp agreement/{group.group_name}/{_named[group.group_name]}"
+    store = dist.PrefixStore(place, dist.distributed_c10d._get_default_store())
+    gloo = dist.ProcessGroupGloo(store, group.rank(), group.size(), timeout)
+    connect(group)
+    return gloo
 
 
 @contextlib.contextmanager

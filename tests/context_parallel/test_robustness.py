@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -144,6 +146,30 @@ def _agree_without_a_cpu_backend(rank: int, world_size: int) -> bool:
 
 def test_hosts_meet_whatever_other_groups_a_rank_belongs_to(workers) -> None:
     assert all(workers(WORLD).run(_agree_without_a_cpu_backend))
+
+
+def _held(rank: int, world_size: int, own_hosts: bool) -> bool:
+    """Whether anything holds a group, after an attention in it, that was destroyed and that the caller has let go."""
+    group = dist.new_group(range(world_size))
+    config = "cuda:nccl" if own_hosts else dist.get_backend_config(group)
+    with (
+        mock.patch.object(dist, "get_backend_config", lambda _: config),
+        mock.patch.object(agreement, "connect", lambda _: None),
+    ):
+        problem, layout = _problem(rank, "first")
+        solve(problem, layout=layout, group=group)
+    assert (group in agreement._gloo) == own_hosts
+    dist.destroy_process_group(group)
+    life = weakref.ref(group)
+    del group
+    gc.collect()
+    return life() is not None or len(agreement._gloo) > 0
+
+
+@pytest.mark.parametrize("own_hosts", [False, True], ids=["the-group", "gloo-of-its-own"])
+def test_groups_that_are_let_go_are_gone(workers, own_hosts: bool) -> None:
+    """A group that is still held when the interpreter ends may abort the process: its threads outlive it."""
+    assert workers(WORLD).run(_held, own_hosts) == [False] * WORLD
 
 
 @pytest.mark.gpu
