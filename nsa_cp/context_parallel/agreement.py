@@ -111,8 +111,8 @@ def connect(group: dist.ProcessGroup) -> None:
     dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
 
 
-# Of every group that cannot move host memory itself: gloo between the same ranks. A group that nobody holds any more goes, and its
-# gloo with it: kept until the interpreter ends, their threads may outlive it, and the process aborts.
+# Of every group that cannot move host memory itself: gloo between the same ranks. A group that nobody holds any more goes, and
+# its gloo with it: kept until the interpreter ends, their threads may outlive it, and the process aborts.
 _gloo: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroupGloo] = weakref.WeakKeyDictionary()
 # How many groups of a name there have been: a name may be used again once its group is destroyed.
 _named: collections.Counter[str] = collections.Counter()

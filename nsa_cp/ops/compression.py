@@ -75,7 +75,7 @@ class _KernelCompress(torch.autograd.Function):
         x, starts, hidden, *weights = ctx.saved_tensors
         length, stride = ctx.config.compress_block_size, ctx.config.compress_stride
         dx, dweights = compress_backward(x, starts, weights, length, stride, hidden, grad)
-        return dx.to(x.dtype), None, None, *(g.to(w.dtype) for g, w in zip(dweights, weights, strict=True))
+        return dx, None, None, *dweights
 
 
 def initial_compressor_weights(
