@@ -34,6 +34,7 @@ CASES = {
     "wide_keys": (replace(PAPER, compressor="mlp"), (0, 1500), 32, 2, 192, 128),
     "one_head_a_group": (SHORT, (0, 1000), 4, 4, 64, 192),
     "two_heads_a_group": (SHORT, (0, 777), 4, 2, 96, 64),
+    "four_heads_a_group": (PAPER, (0, 1201), 16, 4, 128, 128),
     "five_heads_a_group": (SHORT, (0, 1023), 10, 2, 64, 96),
     "eight_heads_a_group": (PAPER, (0, 2049), 32, 4, 128, 128),
     "many_heads_a_group": (SHORT, (0, 600), 32, 1, 64, 256),
