@@ -1,7 +1,8 @@
 """dq of Native Sparse Attention: one pass over a query tile's window, compressed tokens and chosen blocks.
 
 The three branches share q and do, which are loaded once, and their gradients add up in registers, in float32: no float32 dq is
-ever written. What each branch adds is described in the backward of interval and of selected attention.
+written. (Groups of very few heads take the selected branch block by block, ``selected_attention/by_block.py``, pass by pass
+beside a float32 dq of the others.) What each branch adds is described in the backward of interval and of selected attention.
 """
 
 from __future__ import annotations
@@ -134,11 +135,11 @@ def query_gradients(
     q, do = channels_last(q), channels_last(do)
     branches = (window, compressed, selected)
     few = heads <= by_block.MOST_HEADS_DQ and lists is not None and config is None and bulk is None
-    if few and blocks is not None and by_block.fits(block_size, dk, dv, q.element_size()):
-        tables = (position, key_start, block_size, scale)
-        _selected_by_block(q, do, branches, window_range, compressed_range, blocks, lists, *tables, dq, hopper)
+    if few and blocks is not None and by_block.fits(block_size, selected.k, selected.v):
+        tables = (position, key_start, *lists)
+        _selected_by_block(q, do, branches, window_range, compressed_range, blocks, tables, block_size, scale, dq)
         return dq
-    if hopper and config is None and bulk is None and on_hopper(q.device):
+    if hopper and blocks is not None and config is None and bulk is None and on_hopper(q.device):
         from . import hopper as kernel
 
         keys = [x for branch in branches for x in (branch.k, branch.v)]
@@ -179,31 +180,28 @@ def _selected_by_block(
     window_range: tuple[torch.Tensor, torch.Tensor],
     compressed_range: tuple[torch.Tensor, torch.Tensor],
     blocks: torch.Tensor,
-    lists: tuple[torch.Tensor, torch.Tensor],
-    position: torch.Tensor,
-    key_start: torch.Tensor,
+    tables: tuple[torch.Tensor, ...],
     block_size: int,
     scale: float,
     dq: torch.Tensor,
-    hopper: bool,
 ) -> None:
-    """The same with the selected branch block by block: window and compressed tokens first, in float32, then its parts."""
-    tokens, num_heads, dk = q.shape
-    block_start, block_base = lists
-    k, v = (channels_last(x) for x in branches[2][:2])
+    """The same with the selected branch block by block: window and compressed tokens first, in float32, then its parts.
 
-    def part(branch: Branch, rows: slice) -> Branch:
-        return Branch(branch.k, branch.v, branch.shift[rows].contiguous(), branch.delta[rows].contiguous())
+    Args:
+        tables: position, key_start, block_start, block_base.
+    """
+    heads = q.shape[1] // blocks.shape[1]
+    position, key_start = tables[:2]
+    selected = branches[2]
 
-    for rows in by_block.passes(tokens, blocks.shape[2] * num_heads * dk * 4):
-        tables = (position[rows], key_start[rows])
-        window, compressed, selected = (part(branch, rows) for branch in branches)
-        ranges = [tuple(x[rows] for x in ends) for ends in (window_range, compressed_range)]
-        base = torch.empty(rows.stop - rows.start, num_heads, dk, dtype=torch.float32, device=q.device)
-        query_gradients(
-            q[rows], do[rows], window, compressed, selected, *ranges, None, *tables, block_size, scale, out=base, hopper=hopper
-        )
-        by_block.add_query_gradients(
-            q[rows], k, v, do[rows], *selected[2:], base, blocks[rows], *tables, block_start, block_base[rows], block_size, scale,
-            dq[rows],
-        )  # fmt: skip
+    def base_of(groups: slice, rows: slice) -> torch.Tensor:
+        mine = slice(groups.start * heads, groups.stop * heads)
+        own_q, own_do = q[rows, mine], do[rows, mine]
+        parts = (Branch(b.k[:, groups], b.v[:, groups], b.shift[rows, mine], b.delta[rows, mine]) for b in branches)
+        ranges = (tuple(x[rows] for x in ends) for ends in (window_range, compressed_range))
+        base = torch.empty(own_q.shape, dtype=torch.float32, device=q.device)
+        return query_gradients(own_q, own_do, *parts, *ranges, None, position[rows], key_start[rows], block_size, scale, out=base)
+
+    by_block.query_gradients(
+        q, selected.k, selected.v, do, selected.shift, selected.delta, blocks, *tables, block_size, scale, dq, base_of=base_of
+    )

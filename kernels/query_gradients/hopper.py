@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..common import INT_MAX, LOG2_E
 from ..hopper import fetchable, tiles
 from ..rings import make_barriers
-from ..selected_attention.unions import build_unions, no_unions
+from ..selected_attention.unions import build_unions
 
 # Triton 3.7 renamed it.
 thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -302,7 +302,7 @@ def query_gradients(
     keys: list[torch.Tensor],
     statistics: list[torch.Tensor],
     ranges: tuple[torch.Tensor, ...],
-    blocks: torch.Tensor | None,
+    blocks: torch.Tensor,
     position: torch.Tensor,
     key_start: torch.Tensor,
     scale: float,
@@ -318,11 +318,7 @@ def query_gradients(
     (tokens, num_heads, dk), groups, dv = q.shape, keys[0].shape[1], do.shape[2]
     heads = num_heads // groups
     tile_tokens = ROWS.value // heads
-    program_tokens = WARP_GROUPS.value * tile_tokens
-    if blocks is None:
-        unions = no_unions(tokens, groups, program_tokens, q.device)
-    else:
-        unions = build_unions(blocks, position, key_start, KEYS.value, program_tokens)
+    unions = build_unions(blocks, position, key_start, KEYS.value, WARP_GROUPS.value * tile_tokens)
     query_gradients_hopper_kernel[(unions.counts.shape[0] * groups,)](
         tiles(q, (tile_tokens, heads, dk)), tiles(do, (tile_tokens, heads, dv)),
         *(tiles(x, (KEYS.value, 1, x.shape[2])) for x in keys), dq, *dq.stride()[:2], *statistics, *ranges,

@@ -1,4 +1,5 @@
-"""Selected attention, backward: dq on the forward's query tiles, dk and dv block by block over the queries that chose it.
+"""Selected attention, backward: dq on the forward's query tiles (or, with few heads a group, by ``by_block.py``), dk and dv
+block by block over the queries that chose it.
 
 No atomics. The list of a block's queries is cut into work items of bounded length, because a forced block is chosen by every
 later query and would alone take as long as all others. A list of one item is written at once; the partial sums of longer ones
@@ -36,6 +37,7 @@ from ..interval_attention.backward import (
     store_dq,
 )
 from ..tuning import TileConfig, tile_config
+from . import by_block
 from .forward import block_steps, entry_keys, entry_row, load_entry, union_steps
 from .unions import Visitors, build_unions, find_visitors
 
@@ -326,7 +328,39 @@ def selected_attention_backward(
     if tokens == 0:
         return dq, dq.new_zeros(k.shape), dq.new_zeros(v.shape)
     q, k, v, do = channels_last(q), channels_last(k), channels_last(v), channels_last(do)
-    config = dq_config or tile_config("selected_dq", q.dtype, q.device, heads, max(dk_width, dv_width))
+    if dq_config is None and bulk is None and heads <= by_block.MOST_HEADS_DQ and by_block.fits(block_size, k, v):
+        lists = (position, key_start, block_start, block_base)
+        by_block.query_gradients(q, k, v, do, shift, delta, blocks, *lists, block_size, scale, dq)
+    else:
+        _query_gradients(q, k, v, do, shift, delta, blocks, position, key_start, block_size, scale, dq, dq_config, bulk)
+    visitors = find_visitors(blocks, block_base, block_start.shape[0], chunk)
+    dk, dv = selected_attention_backward_dkv(
+        q, k, v, do, shift, delta, visitors, position, key_start, block_start, block_size, scale,
+        config=dkv_config, workspace_bytes=workspace_bytes,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+def _query_gradients(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    do: torch.Tensor,
+    shift: torch.Tensor,
+    delta: torch.Tensor,
+    blocks: torch.Tensor,
+    position: torch.Tensor,
+    key_start: torch.Tensor,
+    block_size: int,
+    scale: float,
+    dq: torch.Tensor,
+    config: TileConfig | None,
+    bulk: bool | None,
+) -> None:
+    """dq of the selected branch alone, by unions; ``dq`` is written."""
+    (tokens, num_heads, dk_width), (num_keys, groups, dv_width) = q.shape, v.shape
+    heads = num_heads // groups
+    config = config or tile_config("selected_dq", q.dtype, q.device, heads, max(dk_width, dv_width))
     unions = build_unions(blocks, position, key_start, block_size, config.tokens(heads))
     keys, parts = block_steps(block_size, config.keys)
     bulk = keys * parts == block_size and (copies_in_bulk(k, v) if bulk is None else bulk)
@@ -339,12 +373,6 @@ def selected_attention_backward(
         ROWS=config.rows, BULK=bulk, **widths(groups, heads, dk_width, dv_width),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    visitors = find_visitors(blocks, block_base, block_start.shape[0], chunk)
-    dk, dv = selected_attention_backward_dkv(
-        q, k, v, do, shift, delta, visitors, position, key_start, block_start, block_size, scale,
-        config=dkv_config, workspace_bytes=workspace_bytes,
-    )  # fmt: skip
-    return dq, dk, dv
 
 
 def selected_attention_backward_dkv(

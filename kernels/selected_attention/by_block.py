@@ -11,13 +11,25 @@ a query's do not depend on the queries around it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import triton
 import triton.language as tl
 
-from ..common import LN_2, LOG2_E, channels_last, check_heads, dot_wide, load_tile, load_wide, store_tile, widths, zeros_wide
+from ..common import (
+    LN_2,
+    LOG2_E,
+    channels_last,
+    check_heads,
+    dot_wide,
+    load_tile,
+    load_wide,
+    split_width,
+    store_tile,
+    widths,
+    zeros_wide,
+)
 from ..interval_attention.backward import add_score_gradients, load_queries, score_gradients
 from ..tuning import TileConfig, tile_config
 from .unions import Visitors, find_visitors
@@ -26,17 +38,25 @@ from .unions import Visitors, find_visitors
 # float32, twice as long.
 MOST_HEADS, MOST_HEADS_DQ = 4, 2
 # Bytes of parts held at once.
-_WORKSPACE_BYTES = 1 << 30
-# Bytes of a block's keys and values, which stay on the multiprocessor.
-_MOST_BLOCK_BYTES = 64 << 10
+WORKSPACE_BYTES = 1 << 30
+# Rows of a block, and bytes of its keys and values, that stay on the multiprocessor: on Hopper, elsewhere, and for float32, whose
+# products take three times the room.
+_MOST_ROWS = 128
+_HOPPER_BYTES, _OTHER_BYTES, _FLOAT32_BYTES = 64 << 10, 32 << 10, 20 << 10
 # Rows of a tile that adds parts.
 _MERGED_ROWS = 16
 
 
-def fits(block_size: int, dk: int, dv: int, itemsize: int) -> bool:
-    """Whether blocks of ``block_size`` rows of Dk + Dv channels stay on the multiprocessor."""
+def fits(block_size: int, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether blocks of ``block_size`` rows of k [S, G, Dk] and v [S, G, Dv] stay on the multiprocessor."""
     rows = triton.next_power_of_2(max(16, block_size))
-    return rows * (dk + dv) * itemsize <= _MOST_BLOCK_BYTES
+    width = sum(split_width(k.shape[2])) + sum(split_width(v.shape[2]))
+    room = _OTHER_BYTES
+    if k.itemsize > 2:
+        room = _FLOAT32_BYTES
+    elif k.is_cuda and torch.cuda.get_device_capability(k.device)[0] == 9:
+        room = _HOPPER_BYTES
+    return rows <= _MOST_ROWS and rows * width * k.itemsize <= room
 
 
 @triton.jit
@@ -150,16 +170,15 @@ def _query_rows(num_rows, HEADS: tl.constexpr, PICKS: tl.constexpr, GROUPS: tl.c
     wanted = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = wanted < num_rows
     row = tl.minimum(wanted, num_rows - 1)
-    token = row // (GROUPS * HEADS)
-    head = row % (GROUPS * HEADS)
-    place = (token.to(tl.int64) * GROUPS + head // HEADS) * PICKS
-    return token.to(tl.int64), head, valid, place, head % HEADS
+    token = (row // (GROUPS * HEADS)).to(tl.int64)
+    head = (row % (GROUPS * HEADS)).to(tl.int64)
+    return token, head, valid, (token * GROUPS + head // HEADS) * PICKS, head % HEADS
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def merge_parts_kernel(
     out_parts_ptr, lse_parts_ptr, blocks_ptr, out_ptr, lse_ptr,
-    out_stride_t, out_stride_h, stride_t, stride_g, stride_n, num_rows,
+    out_stride_t, out_stride_h, lse_stride_t, stride_t, stride_g, stride_n, num_rows,
     GROUPS: tl.constexpr, HEADS: tl.constexpr, PICKS: tl.constexpr, PADDED_PICKS: tl.constexpr,
     DV: tl.constexpr, DV_PADDED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -180,7 +199,7 @@ def merge_parts_kernel(
         weight = tl.exp2(tl.load(lse_parts_ptr + part, mask=picked, other=float("-inf")) - log_sum)
         acc += weight[:, None] * load_tile(out_parts_ptr, part * DV, picked, 0, DV_PADDED, DV, True)
     store_tile(out_ptr, token * out_stride_t + head * out_stride_h, valid, acc, 0, DV_PADDED, DV)
-    tl.store(lse_ptr + token * (GROUPS * HEADS) + head, tl.where(seen, log_sum * LN_2, float("-inf")), mask=valid)
+    tl.store(lse_ptr + token * lse_stride_t + head, tl.where(seen, log_sum * LN_2, float("-inf")), mask=valid)
 
 
 @triton.jit
@@ -252,24 +271,35 @@ def add_parts_kernel(
     parts_ptr, blocks_ptr, base_ptr, dq_ptr, base_stride_t, base_stride_h, dq_stride_t, dq_stride_h,
     stride_t, stride_g, stride_n, num_rows, scale,
     GROUPS: tl.constexpr, HEADS: tl.constexpr, PICKS: tl.constexpr,
-    DK: tl.constexpr, DK_PADDED: tl.constexpr, ROWS: tl.constexpr,
+    DK: tl.constexpr, DK_PADDED: tl.constexpr, BASE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One program: dq of ROWS query rows: what the other branches gave, and the parts of all blocks."""
+    """One program: dq of ROWS query rows: the parts of all blocks and, with BASE, what the other branches gave."""
     token, head, valid, place, local = _query_rows(num_rows, HEADS, PICKS, GROUPS, ROWS)
     chosen_ptr = blocks_ptr + token * stride_t + (head // HEADS) * stride_g
     acc = tl.zeros([ROWS, DK_PADDED], dtype=tl.float32)
     for j in tl.range(0, PICKS):
         picked = tl.load(chosen_ptr + j * stride_n) >= 0
         acc += load_tile(parts_ptr, ((place + j) * HEADS + local) * DK, picked, 0, DK_PADDED, DK, True)
-    acc = acc * scale + load_tile(base_ptr, token * base_stride_t + head * base_stride_h, valid, 0, DK_PADDED, DK, True)
+    acc *= scale
+    if BASE:
+        acc += load_tile(base_ptr, token * base_stride_t + head * base_stride_h, valid, 0, DK_PADDED, DK, True)
     store_tile(dq_ptr, token * dq_stride_t + head * dq_stride_h, valid, acc, 0, DK_PADDED, DK)
 
 
-def passes(tokens: int, bytes_per_token: int, workspace_bytes: int = _WORKSPACE_BYTES) -> Iterator[slice]:
-    """Tokens whose parts fit in the workspace together, in ascending order."""
-    at_once = max(1, workspace_bytes // bytes_per_token)
-    for first in range(0, tokens, at_once):
-        yield slice(first, min(first + at_once, tokens))
+def passes(tokens: int, groups: int, bytes_per_token: int) -> Iterator[tuple[slice, slice]]:
+    """Groups and tokens whose parts, of so many bytes a token and group, fit in the workspace together.
+
+    One group after the other, so that its keys and values are read about once and its lists are long; groups side by side only
+    where all tokens of several fit.
+    """
+    # A multiple of 16, so that what starts with a later pass is aligned as the whole is.
+    at_once = max(16, WORKSPACE_BYTES // bytes_per_token // 16 * 16)
+    side_by_side = max(1, min(groups, at_once // max(1, tokens)))
+    while groups % side_by_side:
+        side_by_side -= 1
+    for group in range(0, groups, side_by_side):
+        for token in range(0, tokens, at_once):
+            yield slice(group, group + side_by_side), slice(token, min(token + at_once, tokens))
 
 
 def selected_attention_forward(
@@ -288,47 +318,51 @@ def selected_attention_forward(
     *,
     config: TileConfig | None = None,
     chunk: int | None = None,
-    workspace_bytes: int = _WORKSPACE_BYTES,
 ) -> None:
-    """As :func:`.forward.selected_attention_forward`, for shapes that :func:`suits` is true of; ``out`` and ``lse`` are written.
+    """As :func:`.forward.selected_attention_forward`, where :func:`fits`; ``out`` and ``lse`` are written.
 
     Args:
-        block_start, block_base: as in the backward of selected attention.
+        block_start, block_base: as in the backward of selected attention, and as there query rows of one document stand in
+            ascending position.
         config: tile shape instead of the table's.
         chunk: most queries of a work item.
-        workspace_bytes: budget of the parts.
     """
-    (tokens, num_heads, dk), (num_keys, groups, dv), picks = q.shape, v.shape, blocks.shape[2]
-    heads = check_heads(num_heads, groups)
+    (tokens, num_heads, dk), (num_keys, num_groups, dv), picks = q.shape, v.shape, blocks.shape[2]
+    heads = check_heads(num_heads, num_groups)
     q, k, v = channels_last(q), channels_last(k), channels_last(v)
     config = config or tile_config("by_block_forward", q.dtype, q.device, heads, max(dk, dv))
-    for rows in passes(tokens, num_heads * picks * (dv * q.element_size() + 4), workspace_bytes):
-        chosen, count = blocks[rows], rows.stop - rows.start
+    out_parts = lse_parts = q.new_empty(0)
+    for some, rows in passes(tokens, num_groups, heads * picks * (dv * q.itemsize + 4)):
+        groups, count = some.stop - some.start, rows.stop - rows.start
+        mine = slice(some.start * heads, some.stop * heads)
+        chosen, own_q, own_out, own_lse = blocks[rows, some], q[rows, mine], out[rows, mine], lse[rows, mine]
         visitors = find_visitors(chosen, block_base[rows], block_start.shape[0], chunk, places=True)
-        out_parts = torch.empty(count * picks * num_heads, dv, dtype=q.dtype, device=q.device)
-        lse_parts = torch.empty(count * picks * num_heads, dtype=torch.float32, device=q.device)
+        if lse_parts.numel() == 0:
+            # The first pass is the largest, and the others use its workspace.
+            out_parts = torch.empty(count * picks * groups * heads, dv, dtype=q.dtype, device=q.device)
+            lse_parts = torch.empty(count * picks * groups * heads, dtype=torch.float32, device=q.device)
         attend_by_block_kernel[(groups * visitors.items_per_group,)](
-            q[rows], k, v, out_parts, lse_parts, *_lists(visitors), block_start, position[rows], key_start[rows],
+            own_q, k[:, some], v[:, some], out_parts, lse_parts, *_lists(visitors), block_start, position[rows], key_start[rows],
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
             num_keys, visitors.num_blocks, visitors.chunk, scale * LOG2_E.value,
             PICKS=picks, **_shape(block_size, config, heads), **widths(groups, heads, dk, dv),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
-        merge_parts_kernel[(triton.cdiv(count * num_heads, _MERGED_ROWS),)](
-            out_parts, lse_parts, chosen, out[rows], lse[rows], *out.stride()[:2], *chosen.stride(), count * num_heads,
+        merge_parts_kernel[(triton.cdiv(count * groups * heads, _MERGED_ROWS),)](
+            out_parts, lse_parts, chosen, own_out, own_lse,
+            *out.stride()[:2], lse.stride(0), *chosen.stride(), count * groups * heads,
             GROUPS=groups, HEADS=heads, PICKS=picks, PADDED_PICKS=triton.next_power_of_2(picks),
             DV=dv, DV_PADDED=triton.next_power_of_2(dv), ROWS=_MERGED_ROWS, num_warps=4,
         )  # fmt: skip
 
 
-def add_query_gradients(
+def query_gradients(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     do: torch.Tensor,
     shift: torch.Tensor,
     delta: torch.Tensor,
-    base: torch.Tensor,
     blocks: torch.Tensor,
     position: torch.Tensor,
     key_start: torch.Tensor,
@@ -338,32 +372,46 @@ def add_query_gradients(
     scale: float,
     dq: torch.Tensor,
     *,
+    base_of: Callable[[slice, slice], torch.Tensor] | None = None,
     config: TileConfig | None = None,
     chunk: int | None = None,
 ) -> None:
-    """dq [T, N, Dk] = base + the selected branch's, for the tokens of one pass; ``dq`` is written.
+    """dq [T, N, Dk] of selected attention, where :func:`fits`, or what ``base_of`` gives and that; ``dq`` is written.
 
     Args:
-        shift, delta: float32 [T, N], contiguous.
-        base: float32 [T, N, Dk].
+        shift, delta: float32 [T, N].
+        base_of: what dq of some groups and some tokens starts from, float32 [tokens, heads, Dk]; asked pass by pass.
         config, chunk: as in the forward.
     """
-    (tokens, num_heads, dk), (num_keys, groups, dv), picks = q.shape, v.shape, blocks.shape[2]
-    heads = check_heads(num_heads, groups)
+    (tokens, num_heads, dk), (num_keys, num_groups, dv), picks = q.shape, v.shape, blocks.shape[2]
+    heads = check_heads(num_heads, num_groups)
+    q, k, v, do = channels_last(q), channels_last(k), channels_last(v), channels_last(do)
     config = config or tile_config("by_block_dq", q.dtype, q.device, heads, max(dk, dv))
-    visitors = find_visitors(blocks, block_base, block_start.shape[0], chunk, places=True)
-    parts = torch.empty(tokens * picks * num_heads, dk, dtype=torch.float32, device=q.device)
-    query_gradients_by_block_kernel[(groups * visitors.items_per_group,)](
-        q, do, k, v, shift, delta, parts, *_lists(visitors), block_start, position, key_start,
-        *q.stride()[:2], *do.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-        num_keys, visitors.num_blocks, visitors.chunk, scale * LOG2_E.value,
-        PICKS=picks, **_shape(block_size, config, heads), **widths(groups, heads, dk, dv),
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
-    add_parts_kernel[(triton.cdiv(tokens * num_heads, _MERGED_ROWS),)](
-        parts, blocks, base, dq, *base.stride()[:2], *dq.stride()[:2], *blocks.stride(), tokens * num_heads, scale,
-        GROUPS=groups, HEADS=heads, PICKS=picks, DK=dk, DK_PADDED=triton.next_power_of_2(dk), ROWS=_MERGED_ROWS, num_warps=4,
-    )  # fmt: skip
+    parts = q.new_empty(0)
+    for some, rows in passes(tokens, num_groups, heads * picks * dk * 4):
+        groups, count = some.stop - some.start, rows.stop - rows.start
+        mine = slice(some.start * heads, some.stop * heads)
+        base = dq[rows, mine] if base_of is None else base_of(some, rows)
+        chosen, own_dq = blocks[rows, some], dq[rows, mine]
+        visitors = find_visitors(chosen, block_base[rows], block_start.shape[0], chunk, places=True)
+        if parts.numel() == 0:
+            parts = torch.empty(count * picks * groups * heads, dk, dtype=torch.float32, device=q.device)
+        query_gradients_by_block_kernel[(groups * visitors.items_per_group,)](
+            q[rows, mine], do[rows, mine], k[:, some], v[:, some],
+            shift[rows, mine].contiguous(), delta[rows, mine].contiguous(), parts, *_lists(visitors),
+            block_start, position[rows], key_start[rows],
+            *q.stride()[:2], *do.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+            num_keys, visitors.num_blocks, visitors.chunk, scale * LOG2_E.value,
+            PICKS=picks, **_shape(block_size, config, heads), **widths(groups, heads, dk, dv),
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+        add_parts_kernel[(triton.cdiv(count * groups * heads, _MERGED_ROWS),)](
+            parts, chosen, base, own_dq, *base.stride()[:2], *dq.stride()[:2], *chosen.stride(), count * groups * heads, scale,
+            GROUPS=groups, HEADS=heads, PICKS=picks, DK=dk, DK_PADDED=triton.next_power_of_2(dk), BASE=base_of is not None,
+            ROWS=_MERGED_ROWS, num_warps=4,
+        )  # fmt: skip
+        # Not beside the next pass's.
+        del base
 
 
 def _lists(visitors: Visitors) -> tuple[torch.Tensor, ...]:

@@ -2,7 +2,8 @@
 
 Adjacent tokens agree on most of their blocks, so a tile loads each block of the union once and masks out the rows whose token
 did not choose it. That mask is one bit a row: it goes into the row's softmax reference, not into every score. Only blocks
-that reach past the tile's first query need the causal mask; they are the last of the ascending union.
+that reach past the tile's first query need the causal mask; they are the last of the ascending union. Groups of few heads, whose
+tiles would be of many tokens, go another way: ``by_block.py``.
 """
 
 from __future__ import annotations
@@ -177,7 +178,8 @@ def selected_attention_forward(
         block_size: l', tokens of a block.
         scale: positive factor of the scores.
         lists: block_start and block_base of the backward. With them, groups of few heads go the way of ``by_block.py``, unless
-            ``config`` or ``bulk`` is given.
+            ``config`` or ``bulk`` is given; blocks must then start at or before their query, and query rows of one document
+            stand in ascending position, as everywhere in the backward.
         out: [T, N, Dv] to write to, channels contiguous, in place of a new tensor.
         config: tile shape instead of the table's.
         bulk: fetch keys and values by the copy engine, instead of where it can.
@@ -200,7 +202,7 @@ def selected_attention_forward(
     if tokens == 0:
         return out, lse
     few = heads <= by_block.MOST_HEADS and lists is not None and config is None and bulk is None
-    if few and by_block.fits(block_size, dk, dv, q.element_size()):
+    if few and by_block.fits(block_size, k, v):
         by_block.selected_attention_forward(q, k, v, blocks, position, key_start, *lists, block_size, scale, out, lse)
         return out, lse
     config = config or tile_config("selected_forward", q.dtype, q.device, heads, max(dk, dv))

@@ -1,7 +1,8 @@
 """Index structures of selected attention, built on the device with static shapes and without a host synchronisation.
 
 Forward and dq walk, for each tile of adjacent tokens, the union of the blocks its tokens chose; a bit mask says which did.
-dk and dv need the inverse: for each block the queries that chose it, cut into work items of bounded length.
+dk and dv, and groups of few heads everywhere (``by_block.py``), need the inverse: for each block the queries that chose it, cut
+into work items of bounded length.
 """
 
 from __future__ import annotations
@@ -132,7 +133,6 @@ class Visitors:
 
     Args:
         queries: int32 [T * G * n], query rows, ascending within a list; lists in order of group * NB + block.
-        places: int32, like ``queries`` the number of the pick in ``blocks``, (token * G + group) * n + pick; only if asked for.
         offsets: int32 [G * NB + 1], where each list starts.
         item_offsets: int32 [G * NB + 1], number of the first work item of each list; every list has at least one.
         slot_offsets: int32 [G * NB + 1], number of the first partial sum of each list; only lists of several items have any.
@@ -141,6 +141,7 @@ class Visitors:
         num_blocks: NB.
         items_per_group, slots_per_group: upper bounds of the work items and partial sums of one group's lists, known to the
             host.
+        places: int32, like ``queries`` the number of the pick in ``blocks``, (token * G + group) * n + pick; only if asked for.
     """
 
     queries: torch.Tensor
@@ -231,8 +232,16 @@ def find_visitors(
 
     Returns:
         lists in O(T * n + G * NB) memory, all on the device.
+
+    Raises:
+        ValueError: 2^31 choices or more.
     """
     tokens, groups, picks = blocks.shape
+    if blocks.numel() >= 1 << 31:
+        raise ValueError(
+            f"{tokens} tokens x {groups} groups x {picks} blocks = {blocks.numel()} choices do not fit 32-bit numbers; "
+            f"use context parallelism or fewer than {1 << 31}"
+        )
     chunk = chunk or visitor_chunk(tokens, picks)
     lists = groups * num_blocks
     key = torch.empty(tokens * groups * picks, dtype=torch.int32, device=blocks.device)

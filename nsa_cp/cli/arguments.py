@@ -21,6 +21,14 @@ def rate(text: str) -> float:
     return value
 
 
+def seconds(text: str) -> float:
+    """An argument in seconds: finite and above 0."""
+    value = _number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0; give seconds, for example 0.5")
+    return value
+
+
 def duration(text: str) -> float:
     """An argument in milliseconds: finite, 0 or more."""
     value = _number(text)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nsa_cp.cli.arguments import duration, positive, rate
+from nsa_cp.cli.arguments import duration, positive, rate, seconds
 from nsa_cp.training.errors import UserError, as_user_error
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def _add_context_parallel(kinds: argparse._SubParsersAction) -> None:
     parallel.add_argument("--comms", nargs="+", default=["all_gather", "ring"], choices=["ring", "all_gather"])
     parallel.add_argument("--repetitions", type=positive, default=10, help="of each timing, at most")
     parallel.add_argument(
-        "--seconds", type=float, default=3.0, help="of each timing, about; three repetitions at least unless one takes longer"
+        "--seconds", type=seconds, default=3.0, help="of each timing, about; three repetitions at least unless one takes longer"
     )
     parallel.add_argument("--csv", type=Path, default=None, metavar="FILE", help="write the rows, and plots beside them")
     parallel.add_argument(
@@ -127,6 +127,8 @@ def _joined(arguments: argparse.Namespace) -> Iterator[Settings]:
     processes = int(os.environ["WORLD_SIZE"])
     if processes % arguments.tp:
         raise UserError(f"--tp {arguments.tp} does not divide {processes} processes; use a divisor of {processes}")
+    if processes == arguments.tp > 1:
+        raise UserError(f"--tp {arguments.tp} leaves no context parallelism among {processes} processes; start more")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     dtype = torch.bfloat16 if cuda else torch.float32
@@ -189,9 +191,11 @@ def _context_parallel(arguments: argparse.Namespace) -> int:
 
 
 def _line(measured: Measured) -> str:
+    from nsa_cp.bench.context_parallel import ONE_GPU
+
     row = measured.row
     start = f"{row.seq_len:>8} cp {row.cp:<3} tp {row.tp} {row.layout:>10} {row.comm:>10} {row.pass_:>8} {row.p50_ms:>10.3f} ms"
-    if row.cp == 1:
+    if row.comm == ONE_GPU:
         return f"{start}, {row.peak_gib} GiB"
     alone = "one GPU cannot hold it"
     if row.efficiency == row.efficiency:

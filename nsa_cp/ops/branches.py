@@ -48,7 +48,8 @@ class BranchesBackward:
     """Gradients of the gated sum of the branches, whose gates are part of the statistics.
 
     Each branch in turn gives (dk, dv) in the accumulator's dtype; after all three :meth:`query_gradients` gives dq. With the
-    Triton kernels dq is one kernel over all branches, which then runs while the last branch's dk and dv travel.
+    Triton kernels dq is one kernel over all branches (with very few heads a group, several), which then runs while the last
+    branch's dk and dv travel.
 
     Args:
         q: [T, N, Dk]. grad: [T, N, Dv], gradient of the gated sum.

@@ -36,10 +36,12 @@ def selected_attention_forward(
         ``out`` [T, N, Dv] in the dtype of q, ``lse`` [T, N] in the accumulator's dtype.
     """
     if backend == "triton":
+        from nsa_cp.kernels.selected_attention.by_block import MOST_HEADS
         from nsa_cp.kernels.selected_attention.forward import selected_attention_forward as kernel
 
         tables = (plan.position, plan.key_start, plan.config.select_block_size)
-        lists = (plan.block_start, plan.block_base)
+        few = q.shape[1] // k.shape[1] <= MOST_HEADS
+        lists = (plan.block_start, plan.block_base) if few else None
         return kernel(q, k, v, blocks, *tables, q.shape[-1] ** -0.5, lists=lists, out=out)
     out = q.new_empty(*q.shape[:2], v.shape[-1]) if out is None else out
     lse = q.new_empty(q.shape[:2], dtype=accumulator_dtype(q))

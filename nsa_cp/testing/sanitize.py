@@ -60,6 +60,12 @@ CASES = {
         replace(_SHORT, compressor="linear", select_block_size=128, num_selected_blocks=3, shared_kv=True), 5, 1, 192, 128,
         torch.bfloat16,
     ),
+    "2 heads a group, l' 64": Case(
+        NSAConfig(num_selected_blocks=4, window_size=100, backend="triton"), 4, 2, 64, 64, torch.bfloat16
+    ),
+    "4 heads a group, l' 64": Case(
+        NSAConfig(num_selected_blocks=4, window_size=100, backend="triton"), 8, 2, 128, 128, torch.bfloat16, (0, 300)
+    ),
     "1 head a group, l' 32, no window": Case(
         replace(_SHORT, compressor="mean", window_size=0, gate="branch"), 2, 2, 64, 96, torch.float16, (0, 331)
     ),

@@ -100,6 +100,8 @@ def test_tensor_parallel_ranks_that_do_not_fit_are_refused(
     assert "4 K/V groups do not divide over 3 tensor-parallel ranks; use a divisor of 4" in capsys.readouterr().err
     assert main(["bench", "context-parallel", "--tp", "3", "--heads", "12/3x16"]) == 2
     assert "--tp 3 does not divide 4 processes; use a divisor of 4" in capsys.readouterr().err
+    assert main(["bench", "context-parallel", "--tp", "4"]) == 2
+    assert "--tp 4 leaves no context parallelism among 4 processes; start more" in capsys.readouterr().err
 
 
 @pytest.mark.distributed

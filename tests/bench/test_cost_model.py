@@ -151,6 +151,16 @@ def test_the_ring_pays_for_its_second_normaliser() -> None:
         assert ring.ms == pytest.approx((41 + normaliser) / 2)
 
 
+def test_a_tensor_parallel_rank_has_its_part_of_the_heads() -> None:
+    half = KERNELS.shard(2)
+    assert (half.heads.num_heads, half.heads.num_groups) == (4, 1)
+    for pass_ in ("forward", "backward"):
+        assert half.total(pass_, 3 * UNIT) == pytest.approx(KERNELS.total(pass_, 3 * UNIT) / 2)
+        assert half.bytes_per_token[pass_] == KERNELS.bytes_per_token[pass_] / 2
+    with pytest.raises(ValueError, match="2 K/V groups do not divide over 4"):
+        KERNELS.shard(4)
+
+
 def test_memory_by_hand() -> None:
     raw, compressed, out = UNIT * TOKEN, UNIT * TOKEN * 2 / 16, UNIT * 8 * 64 * 2
     model = CostModel(KERNELS, _link(0.0), CONFIG)

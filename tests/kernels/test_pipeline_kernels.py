@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -28,7 +29,11 @@ LAUNCHERS = [
 
 @pytest.mark.parametrize("compressor, bulk", [("mlp", False), ("linear", True)], ids=["plain", "bulk"])
 def test_whole_method(compressor: str, bulk: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU tiles come in bulk where they can; the interpreter plays both. Selected attention goes both its ways."""
+    """On a GPU tiles come in bulk where they can; the interpreter plays both. Selected attention goes both its ways, block by
+    block in several passes."""
+    monkeypatch.setattr(by_block, "WORKSPACE_BYTES", 1)
+    passes = mock.Mock(side_effect=by_block.passes)
+    monkeypatch.setattr(by_block, "passes", passes)
     if bulk:
         monkeypatch.setattr(by_block, "MOST_HEADS", 0)
         monkeypatch.setattr(by_block, "MOST_HEADS_DQ", 0)
@@ -44,3 +49,4 @@ def test_whole_method(compressor: str, bulk: bool, device: str, monkeypatch: pyt
     for name, value in expected.items():
         if name != "blocks":
             assert relative_error(actual[name], value) < 5e-6, name
+    assert passes.call_count == (0 if bulk else 2)

@@ -262,17 +262,21 @@ def test_one_group_with_the_lists_of_all(workspace: int, device: str) -> None:
 
 
 def run_by_block(
-    tensors: list[Tensor], tables: Tables, gate: Tensor, problem: Problem, *, workspace: int = 1 << 30, chunk: int = 21
+    tensors: list[Tensor], tables: Tables, gate: Tensor, problem: Problem, *, chunk: int = 21
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, lse and the selected branch's dq, added to a base of ones."""
     q, k, v, do = tensors
     out = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], device=q.device)
     options = {"config": SMALL.fitted(problem.heads), "chunk": chunk}
-    by_block.selected_attention_forward(q, k, v, *tables, problem.block, 0.3, out, lse, workspace_bytes=workspace, **options)
-    shift, delta = row_shift(lse, gate).contiguous(), (do.float() * out.float()).sum(-1)
+    by_block.selected_attention_forward(q, k, v, *tables, problem.block, 0.3, out, lse, **options)
+    statistics = row_shift(lse, gate), (do.float() * out.float()).sum(-1)
     base, dq = torch.ones(q.shape, device=q.device), torch.empty(q.shape, device=q.device)
-    by_block.add_query_gradients(q, k, v, do, shift, delta, base, *tables, problem.block, 0.3, dq, **options)
+
+    def base_of(groups: slice, rows: slice) -> Tensor:
+        return base[rows, groups.start * problem.heads : groups.stop * problem.heads]
+
+    by_block.query_gradients(q, k, v, do, *statistics, *tables, problem.block, 0.3, dq, base_of=base_of, **options)
     return out, lse, dq
 
 
@@ -292,34 +296,70 @@ def test_block_by_block(name: str, dtype: torch.dtype, tolerance: float, device:
     assert blind.any() and (dq[blind] == 1).all() and (out[blind] == 0).all()
 
 
-def test_block_by_block_in_any_passes_and_items(device: str) -> None:
-    """A query's bits depend neither on the tokens of a pass nor on how a block's queries are cut."""
+def test_block_by_block_in_any_passes_and_items(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A query's bits depend neither on the tokens and groups of a pass nor on how a block's queries are cut."""
     problem = CASES["2heads-packed"]
     tensors, gate = make_inputs(problem, torch.float32, device)
     tables = make_tables(problem, device)
     whole = run_by_block(tensors, tables, gate, problem)
-    bytes_per_token = problem.picks * problem.groups * problem.heads * (problem.dv * 4 + 4)
-    assert len(list(by_block.passes(tensors[0].shape[0], bytes_per_token, 5 * bytes_per_token))) == 10
-    for workspace, chunk in ((5 * bytes_per_token, 21), (1, 3), (1 << 30, 1000)):
-        again = run_by_block(tensors, tables, gate, problem, workspace=workspace, chunk=chunk)
+    bytes_per_token = problem.picks * problem.heads * (problem.dv * 4 + 4)
+    # 47 tokens of two groups: in one pass, one group after the other, and 16 tokens of one group at a time.
+    for workspace, chunk, count in ((1 << 30, 1000, 1), (48 * bytes_per_token, 21, 2), (1, 3, 6)):
+        monkeypatch.setattr(by_block, "WORKSPACE_BYTES", workspace)
+        assert len(list(by_block.passes(len(tensors[0]), problem.groups, bytes_per_token))) == count
+        again = run_by_block(tensors, tables, gate, problem, chunk=chunk)
         assert all(torch.equal(a, b) for a, b in zip(again, whole, strict=True))
+
+
+def test_block_by_block_for_one_group_of_several(device: str) -> None:
+    """Slices of heads, in and out, as context parallelism gives them: the bits of all groups together."""
+    problem = CASES["4heads-every-other-row"]._replace(groups=3)
+    tensors, gate = make_inputs(problem, torch.float32, device)
+    tables = make_tables(problem, device)
+    out, _, _ = run_by_block(tensors, tables, gate, problem)
+    (q, k, v, _), sliced = tensors, torch.full_like(out, float("nan"))
+    for group in range(problem.groups):
+        heads, one = slice(group * problem.heads, (group + 1) * problem.heads), slice(group, group + 1)
+        lse = torch.empty(q.shape[0], problem.heads, device=device)
+        own = tables._replace(blocks=tables.blocks[:, one])
+        config = SMALL.fitted(problem.heads)
+        by_block.selected_attention_forward(
+            q[:, heads], k[:, one], v[:, one], *own, problem.block, 0.3, sliced[:, heads], lse, config=config, chunk=21
+        )
+    assert torch.equal(sliced, out)
 
 
 def test_which_shapes_go_block_by_block(device: str) -> None:
     """Small groups, whose blocks stay on the multiprocessor; only where the launcher is told the blocks' rows."""
-    assert by_block.fits(64, 256, 256, 2) and by_block.fits(128, 128, 128, 2) and by_block.fits(33, 64, 64, 4)
-    assert not by_block.fits(128, 192, 128, 2)
+
+    def fits(rows: int, dk: int, dv: int, dtype: torch.dtype = torch.bfloat16) -> bool:
+        return by_block.fits(rows, *(torch.empty(1, 1, width, dtype=dtype) for width in (dk, dv)))
+
+    assert fits(64, 128, 128) and fits(33, 64, 192) and fits(128, 64, 64) and fits(16, 64, 64, torch.float32)
+    assert not fits(64, 200, 128) and not fits(256, 16, 16) and not fits(64, 64, 64, torch.float32)
     problem = CASES["2heads-packed"]
-    (q, k, v, _), _ = make_inputs(problem, torch.float32, device)
+    (q, k, v, do), _ = make_inputs(problem, torch.float32, device)
     tables = make_tables(problem, device)
     choice, lists = (tables.blocks, tables.position, tables.key_start), (tables.block_start, tables.block_base)
+    statistics = torch.randn(2, *q.shape[:2], device=device)
+
+    def forward(**options: object) -> None:
+        selected_attention_forward(q, k, v, *choice, problem.block, 0.3, **options)
+
+    def backward() -> None:
+        selected_attention_backward(q, k, v, do, *statistics, *tables, problem.block, 0.3)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(by_block, "attend_by_block_kernel", None)
-        selected_attention_forward(q, k, v, *choice, problem.block, 0.3)
-        with pytest.raises(TypeError):
-            selected_attention_forward(q, k, v, *choice, problem.block, 0.3, lists=lists)
+        patch.setattr(by_block, "query_gradients_by_block_kernel", None)
+        forward()
+        for goes in (lambda: forward(lists=lists), backward):
+            with pytest.raises(TypeError):
+                goes()
         patch.setattr(by_block, "MOST_HEADS", 1)
-        selected_attention_forward(q, k, v, *choice, problem.block, 0.3, lists=lists)
+        patch.setattr(by_block, "MOST_HEADS_DQ", 1)
+        forward(lists=lists)
+        backward()
 
 
 def test_partial_sums_stay_bounded() -> None:

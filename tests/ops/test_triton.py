@@ -223,8 +223,9 @@ def test_two_runs_are_bitwise_equal() -> None:
         assert torch.equal(first[key], second[key]), key
 
 
-def test_forward_and_backward_in_a_cuda_graph() -> None:
-    problem = _with_backend(_problem("eight_heads_a_group"), "triton")
+@pytest.mark.parametrize("name", ["two_heads_a_group", "four_heads_a_group", "eight_heads_a_group"])
+def test_forward_and_backward_in_a_cuda_graph(name: str) -> None:
+    problem = _with_backend(_problem(name), "triton")
     leaves = [
         x.requires_grad_() for x in (problem.q, *problem.k, *problem.v, problem.gates, *problem.k_weights, *problem.v_weights)
     ]
