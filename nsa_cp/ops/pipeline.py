@@ -79,7 +79,8 @@ def native_sparse_attention(
         rotary: rotate queries and keys at their document positions; None leaves them as they are.
         layout: which rows this rank holds; its cp_size must be the size of ``group``.
         group: context-parallel process group; None is a single process.
-        blocks: int32 [T, G, n], a selection to use in place of the scored one.
+        blocks: int32 [T, G, n], a selection to use in place of the scored one: numbers within the query's document of blocks that
+            start at or before the query, each at most once, padded with -1 (of this only shape and type are checked).
 
     Returns:
         The output and what was chosen, :class:`NSAOutput`.
