@@ -9,11 +9,14 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
 import traceback
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+_SECONDS_TO_FORWARD = 1.0
 
 
 def torch_environment(comm: MPI.Comm) -> dict[str, str]:
@@ -56,15 +59,24 @@ def main(arguments: list[str]) -> int:
         status = nsa_cp_main(arguments)
         if status:
             # Bad input may be seen by some ranks only, a file missing on one machine for example.
-            sys.stderr.flush()
-            MPI.COMM_WORLD.Abort(status)
+            _abort(status)
         return status
     except Exception:
         # The other ranks wait for this one in a collective and would never end: MPI ends the job.
-        traceback.print_exc()
-        sys.stderr.flush()
-        MPI.COMM_WORLD.Abort(1)
+        sys.stderr.write(traceback.format_exc())
+        _abort(1)
         raise
+
+
+def _abort(status: int) -> None:
+    """End all ranks, after what this one has said."""
+    from mpi4py import MPI
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # The launcher forwards what ranks write, and drops what it has not read when it is told to abort.
+    time.sleep(_SECONDS_TO_FORWARD)
+    MPI.COMM_WORLD.Abort(status)
 
 
 if __name__ == "__main__":
