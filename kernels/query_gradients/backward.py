@@ -195,7 +195,7 @@ def _selected_by_block(
     selected = branches[2]
 
     def base_of(groups: slice, rows: slice) -> torch.Tensor:
-        mine = slice(groups.start * heads, groups.stop * heads)
+        mine = by_block.heads_of(groups, heads)
         own_q, own_do = q[rows, mine], do[rows, mine]
         parts = (Branch(b.k[:, groups], b.v[:, groups], b.shift[rows, mine], b.delta[rows, mine]) for b in branches)
         ranges = (tuple(x[rows] for x in ends) for ends in (window_range, compressed_range))

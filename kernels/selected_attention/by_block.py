@@ -62,10 +62,10 @@ def fits(block_size: int, k: torch.Tensor, v: torch.Tensor) -> bool:
 @triton.jit
 def _item(
     offsets_ptr, item_offsets_ptr, item_lists_ptr, block_start_ptr, num_blocks, num_keys, chunk,
-    GROUPS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
+    GROUPS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """This program's work item: group, key rows of its block, which of them are the block's own, and first and last of the
-    list's entries that it takes; of these, ``masked`` and on are queries past the block's end."""
+    list's entries that it takes; of these, the tiles of TOKENS from ``whole`` on are of queries past the block's end."""
     last_list = GROUPS * num_blocks - 1
     item = tl.program_id(0)
     wanted = tl.load(item_lists_ptr + item)
@@ -82,8 +82,8 @@ def _item(
     # Items past the last one have no queries.
     last = tl.where(wanted == visit, last, first)
     # The only queries before the block's end are its own, at most BLOCK; a list in ascending order has them first.
-    masked = tl.maximum(tl.minimum(list_first + BLOCK, last), first)
-    return visit // num_blocks, start + within, own, first, masked, last
+    masked = tl.maximum(tl.minimum(list_first + BLOCK, last) - first, 0)
+    return visit // num_blocks, start + within, own, first, first + tl.cdiv(masked, TOKENS) * TOKENS, last
 
 
 @triton.jit
@@ -144,14 +144,13 @@ def attend_by_block_kernel(
     BLOCK: tl.constexpr, KEYS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one block and one work item of the queries that chose it; parts [T, G, n, H, Dv] and their lse, base 2."""
-    group, key, own, first, masked, last = _item(
-        offsets_ptr, item_offsets_ptr, item_lists_ptr, block_start_ptr, num_blocks, num_keys, chunk, GROUPS, BLOCK, KEYS
+    group, key, own, first, whole, last = _item(
+        offsets_ptr, item_offsets_ptr, item_lists_ptr, block_start_ptr, num_blocks, num_keys, chunk, GROUPS, BLOCK, KEYS, TOKENS
     )
     if first < last:
         row = key.to(tl.int64)
         k, k_tail = load_wide(k_ptr + group.to(tl.int64) * k_stride_g, row * k_stride_s, own, DK_HEAD, DK_TAIL, DK, True)
         v, v_tail = load_wide(v_ptr + group.to(tl.int64) * v_stride_g, row * v_stride_s, own, DV_HEAD, DV_TAIL, DV, True)
-        whole = first + tl.cdiv(masked - first, TOKENS) * TOKENS
         _attend(
             first, tl.minimum(whole, last), last, k, k_tail, v, v_tail, key, own, group, scale_log2,
             q_ptr, out_parts_ptr, lse_parts_ptr, places_ptr, position_ptr, key_start_ptr, q_stride_t, q_stride_h,
@@ -244,14 +243,13 @@ def query_gradients_by_block_kernel(
     BLOCK: tl.constexpr, KEYS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one block and one work item of the queries that chose it; parts [T, G, n, H, Dk] of dq."""
-    group, key, own, first, masked, last = _item(
-        offsets_ptr, item_offsets_ptr, item_lists_ptr, block_start_ptr, num_blocks, num_keys, chunk, GROUPS, BLOCK, KEYS
+    group, key, own, first, whole, last = _item(
+        offsets_ptr, item_offsets_ptr, item_lists_ptr, block_start_ptr, num_blocks, num_keys, chunk, GROUPS, BLOCK, KEYS, TOKENS
     )
     if first < last:
         row = key.to(tl.int64)
         k, k_tail = load_wide(k_ptr + group.to(tl.int64) * k_stride_g, row * k_stride_s, own, DK_HEAD, DK_TAIL, DK, True)
         v, v_tail = load_wide(v_ptr + group.to(tl.int64) * v_stride_g, row * v_stride_s, own, DV_HEAD, DV_TAIL, DV, True)
-        whole = first + tl.cdiv(masked - first, TOKENS) * TOKENS
         _differentiate(
             first, tl.minimum(whole, last), last, k, k_tail, v, v_tail, key, own, group, scale_log2,
             q_ptr, do_ptr, shift_ptr, delta_ptr, parts_ptr, places_ptr, position_ptr, key_start_ptr,
@@ -302,6 +300,11 @@ def passes(tokens: int, groups: int, bytes_per_token: int) -> Iterator[tuple[sli
             yield slice(group, group + side_by_side), slice(token, min(token + at_once, tokens))
 
 
+def heads_of(groups: slice, heads: int) -> slice:
+    """Query heads of a slice of groups of so many."""
+    return slice(groups.start * heads, groups.stop * heads)
+
+
 def selected_attention_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -334,7 +337,7 @@ def selected_attention_forward(
     out_parts = lse_parts = q.new_empty(0)
     for some, rows in passes(tokens, num_groups, heads * picks * (dv * q.itemsize + 4)):
         groups, count = some.stop - some.start, rows.stop - rows.start
-        mine = slice(some.start * heads, some.stop * heads)
+        mine = heads_of(some, heads)
         chosen, own_q, own_out, own_lse = blocks[rows, some], q[rows, mine], out[rows, mine], lse[rows, mine]
         visitors = find_visitors(chosen, block_base[rows], block_start.shape[0], chunk, places=True)
         if lse_parts.numel() == 0:
@@ -390,7 +393,7 @@ def query_gradients(
     parts = q.new_empty(0)
     for some, rows in passes(tokens, num_groups, heads * picks * dk * 4):
         groups, count = some.stop - some.start, rows.stop - rows.start
-        mine = slice(some.start * heads, some.stop * heads)
+        mine = heads_of(some, heads)
         base = dq[rows, mine] if base_of is None else base_of(some, rows)
         chosen, own_dq = blocks[rows, some], dq[rows, mine]
         visitors = find_visitors(chosen, block_base[rows], block_start.shape[0], chunk, places=True)
