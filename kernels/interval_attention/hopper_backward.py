@@ -210,11 +210,13 @@ def takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, do: torch.Tensor) -
 
 
 def pack_statistics(shift: torch.Tensor, delta: torch.Tensor, groups: int) -> torch.Tensor:
-    """float32 [2, G, T, N / G]: a tile's rows of a group stand together."""
+    """float32 [2, G, R]: a group's rows, token after token, stand together, and every tile of them begins at a multiple of its
+    size (the copy engine faults on lines that begin off 16 bytes). What fills the last tile is never used."""
     tokens, num_heads = shift.shape
-    stats = torch.empty(2, groups, tokens, num_heads // groups, dtype=torch.float32, device=shift.device)
-    for part, x in zip(stats, (shift, delta), strict=True):
-        part.copy_(x.reshape(tokens, groups, -1).transpose(0, 1))
+    heads = num_heads // groups
+    stats = torch.empty(2, groups, triton.cdiv(tokens * heads, _ROWS) * _ROWS, dtype=torch.float32, device=shift.device)
+    for part, x in zip(stats[..., : tokens * heads].unflatten(2, (tokens, heads)), (shift, delta), strict=True):
+        part.copy_(x.reshape(tokens, groups, heads).transpose(0, 1))
     return stats
 
 
@@ -242,7 +244,7 @@ def interval_attention_backward_dkv(
     interval_attention_backward_dkv_hopper_kernel[(programs * splits,)](
         tiles(q, (_ROWS // heads, heads, dk_width)), tiles(do, (_ROWS // heads, heads, dv_width)),
         tiles(k, (_KEYS, 1, dk_width)), tiles(v, (_KEYS, 1, dv_width)), tiles(stats.view(-1), (_ROWS,)),
-        q_begin, q_end, dk, dv, tokens, num_keys, splits, tokens * heads, scale, scale * LOG2_E.value,
+        q_begin, q_end, dk, dv, tokens, num_keys, splits, stats.shape[2], scale, scale * LOG2_E.value,
         GROUPS=groups, HEADS=heads, DK=dk_width, DV=dv_width,
         TOKENS=_ROWS // heads, ROWS=_ROWS, KEYS=_KEYS, STAGES=_SLOTS, num_warps=4,
     )  # fmt: skip

@@ -54,7 +54,9 @@ CASES = {
     "float16": Case(16, 2, 64, 64, dtype=torch.float16),
     "4 heads": Case(8, 2, 128, 64),
     "5 heads": Case(10, 2, 64, 128),
-    "1 head": Case(2, 2, 64, 64),
+    # Rows of a group that do not begin at 16 bytes of the one before.
+    "1 head": Case(2, 2, 64, 64, (0, 130, 431, 433, 701)),
+    "2 heads": Case(4, 2, 64, 64, (0, 1, 34, 421)),
     "64 heads": Case(64, 1, 128, 128, (0, 700)),
     "192/128": Case(32, 2, 192, 128),
 }
