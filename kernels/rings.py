@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 
 @gluon.jit
@@ -16,3 +16,16 @@ def make_barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
     # The copy engine must see them as they are now.
     fence_async_shared()
     return barriers
+
+
+@gluon.jit
+def fetch_tile(descs, buffers, slot, row, head, bar, DK_HEAD: gl.constexpr, DK_TAIL: gl.constexpr):
+    """A tile of k and v, or of q and do, that begins with this row and head: the columns 0 .. DK_HEAD of the first, the DK_TAIL
+    behind them if there are such, and the second's. ``bar`` must have been told of the bytes."""
+    k_desc, k_tail_desc, v_desc = descs
+    k_buffer, k_tail_buffer, v_buffer = buffers
+    tma.async_copy_global_to_shared(k_desc, [row, head, 0], bar, k_buffer.index(slot).reshape(k_desc.block_type.shape))
+    if DK_TAIL > 0:
+        tail = k_tail_buffer.index(slot).reshape(k_tail_desc.block_type.shape)
+        tma.async_copy_global_to_shared(k_tail_desc, [row, head, DK_HEAD], bar, tail)
+    tma.async_copy_global_to_shared(v_desc, [row, head, 0], bar, v_buffer.index(slot).reshape(v_desc.block_type.shape))

@@ -9,6 +9,9 @@ Order within a warp group, for tile j (all products asynchronous, finished in th
     wait for S_j alone;  P_j = exp2 while the other two run
     wait for both: slot j - 1 is free
     issue dP_j = V dO_j^T, wait for it;  dS_j = P_j (dP_j - delta), beside the other warp group's products
+
+Where q and k have a tail (128 + 64 columns), each product with the head is followed by one with the tail; beside dk [64, 192] and
+dv the registers have room for S and dP of 32 rows only.
 """
 
 from __future__ import annotations
@@ -19,45 +22,40 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from ..common import INT_MAX, LOG2_E
+from ..common import INT_MAX, LOG2_E, split_width
 from ..hopper import fetchable, tiles
-from ..rings import make_barriers
+from ..rings import fetch_tile, make_barriers
 from .backward import query_splits
 
-# Keys of a warp group, query rows of a tile, slots of the ring.
-_KEYS, _ROWS, _SLOTS = 64, 64, 4
+# Keys of a warp group.
+_KEYS = 64
+# Query rows of a tile and slots of the ring, without a tail and with one.
+_TILE, _TAIL_TILE = (64, 4), (32, 6)
 
 
 @gluon.jit
 def fetch(
-    k_desc, v_desc, q_desc, do_desc, stats_desc, shared, first, last, key, group, tile_rows,
+    q_descs, k_descs, stats_desc, shared, first, last, key, group, tile_rows,
     TOKENS: gl.constexpr, HEADS: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
-    GROUPS: gl.constexpr,
+    GROUPS: gl.constexpr, DK_HEAD: gl.constexpr, DK_TAIL: gl.constexpr, DV: gl.constexpr,
 ):  # fmt: skip
     """The fetching warp: K and V once, then tiles ``first .. last``."""
-    k_smem, v_smem, q_ring, do_ring, stats_ring, kv_full, full, empty = shared
+    keys, rings, stats_ring, bounds, kv_full, full, empty = shared
+    ROW_BYTES: gl.constexpr = (DK_HEAD + DK_TAIL + DV) * 2
     if first < last:
-        mbarrier.expect(kv_full, 2 * k_desc.block_type.nbytes + 2 * v_desc.block_type.nbytes)
+        mbarrier.expect(kv_full, 2 * KEYS * ROW_BYTES)
         for half in gl.static_range(2):
-            tma.async_copy_global_to_shared(k_desc, [key + half * KEYS, group, 0], kv_full, k_smem.index(half))
-            tma.async_copy_global_to_shared(v_desc, [key + half * KEYS, group, 0], kv_full, v_smem.index(half))
+            fetch_tile(k_descs, keys, half, key + half * KEYS, group, kv_full, DK_HEAD, DK_TAIL)
         for step in range(last - first):
             slot = step % STAGES
             bar = full.index(slot)
             token = (first + step) * TOKENS
             mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
-            mbarrier.expect(bar, q_desc.block_type.nbytes + do_desc.block_type.nbytes + 2 * stats_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(q_desc, [token, group * HEADS, 0], bar, q_ring.index(slot))
-            tma.async_copy_global_to_shared(do_desc, [token, group * HEADS, 0], bar, do_ring.index(slot))
+            mbarrier.expect(bar, ROWS * ROW_BYTES + 2 * stats_desc.block_type.nbytes)
+            fetch_tile(q_descs, rings, slot, token, group * HEADS, bar, DK_HEAD, DK_TAIL)
             row = group * tile_rows + token * HEADS
             tma.async_copy_global_to_shared(stats_desc, [row], bar, stats_ring.index(2 * slot))
             tma.async_copy_global_to_shared(stats_desc, [row + GROUPS * tile_rows], bar, stats_ring.index(2 * slot + 1))
-
-
-@gluon.jit
-def transposed(tile, ROWS: gl.constexpr, WIDTH: gl.constexpr):
-    """A tile [TOKENS, HEADS, WIDTH] in shared memory as [WIDTH, ROWS]."""
-    return tile.reshape([ROWS, WIDTH]).permute([1, 0])
 
 
 @gluon.jit
@@ -69,25 +67,87 @@ def pass_on(step, last, full, empty, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def transposed(tile, ROWS: gl.constexpr, WIDTH: gl.constexpr):
+    """A tile [TOKENS, HEADS, WIDTH] in shared memory as [WIDTH, ROWS]."""
+    return tile.reshape([ROWS, WIDTH]).permute([1, 0])
+
+
+@gluon.jit
+def issue_scores(
+    keys, rings, half, slot, zero, ROWS: gl.constexpr, KEYS: gl.constexpr, DK_HEAD: gl.constexpr, DK_TAIL: gl.constexpr,
+):  # fmt: skip
+    """K Q^T of the slot, left in flight."""
+    k, k_tail, v = keys
+    q_ring, q_tail_ring, do_ring = rings
+    k = k.index(half).reshape([KEYS, DK_HEAD])
+    s = warpgroup_mma(k, transposed(q_ring.index(slot), ROWS, DK_HEAD), zero, use_acc=False, is_async=True)
+    if DK_TAIL > 0:
+        k_tail = k_tail.index(half).reshape([KEYS, DK_TAIL])
+        s = warpgroup_mma(k_tail, transposed(q_tail_ring.index(slot), ROWS, DK_TAIL), s, is_async=True)
+    return s
+
+
+@gluon.jit
+def issue_gradients(
+    p, ds, rings, slot, dv, dk, dk_tail,
+    ROWS: gl.constexpr, DK_HEAD: gl.constexpr, DK_TAIL: gl.constexpr, DV: gl.constexpr,
+):  # fmt: skip
+    """dV + P dO and dK + dS Q of the slot, left in flight."""
+    q_ring, q_tail_ring, do_ring = rings
+    dv = warpgroup_mma(p, do_ring.index(slot).reshape([ROWS, DV]), dv, is_async=True)
+    dk = warpgroup_mma(ds, q_ring.index(slot).reshape([ROWS, DK_HEAD]), dk, is_async=True)
+    if DK_TAIL > 0:
+        # As a first operand ds has the same registers whatever the width of the result.
+        ds = gl.convert_layout(ds, gl.DotOperandLayout(0, dk_tail.type.layout, 2), assert_trivial=True)
+        dk_tail = warpgroup_mma(ds, q_tail_ring.index(slot).reshape([ROWS, DK_TAIL]), dk_tail, is_async=True)
+    return dv, dk, dk_tail
+
+
+@gluon.jit
+def finish_gradients(dv, dk, dk_tail, DK_TAIL: gl.constexpr):
+    """Wait for all products."""
+    if DK_TAIL > 0:
+        dv, dk, dk_tail = warpgroup_mma_wait(0, deps=[dv, dk, dk_tail])
+    else:
+        dv, dk = warpgroup_mma_wait(0, deps=[dv, dk])
+    return dv, dk, dk_tail
+
+
+@gluon.jit
+def hide(wide, token, bounds, half):
+    """``wide`` with 0 where a query is not between a key's bounds."""
+    q_begin = bounds.index(2 * half).load(gl.SliceLayout(1, wide.type.layout))
+    q_end = bounds.index(2 * half + 1).load(gl.SliceLayout(1, wide.type.layout))
+    return gl.where((token[None, :] >= q_begin[:, None]) & (token[None, :] < q_end[:, None]), wide, 0.0)
+
+
+@gluon.jit
 def consume(
     HALF: gl.constexpr, shared, rest,
     TOKENS: gl.constexpr, HEADS: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
-    GROUPS: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr,
+    GROUPS: gl.constexpr, DK_HEAD: gl.constexpr, DK_TAIL: gl.constexpr, DV: gl.constexpr,
 ):  # fmt: skip
     """A warp group: 64 keys against all tiles."""
-    k_smem, v_smem, q_ring, do_ring, stats_ring, kv_full, full, empty = shared
+    keys, rings, stats_ring, bounds, kv_full, full, empty = shared
     q_begin_ptr, q_end_ptr, dk_ptr, dv_ptr, first, last, key, num_keys, group, split, scale, scale_log2 = rest
+    TAIL: gl.constexpr = DK_TAIL if DK_TAIL > 0 else DK_HEAD
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    DK_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DK, 16])
+    DK_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DK_HEAD, 16])
+    TAIL_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TAIL, 16])
     DV_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     KEY: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    k_smem, k_tail_smem, v_smem = keys
+    q_ring, q_tail_ring, do_ring = rings
     dtype: gl.constexpr = q_ring.dtype
 
     wanted = key + HALF * KEYS + gl.arange(0, KEYS, KEY)
     clamped = gl.minimum(wanted, num_keys - 1)
     q_begin = gl.load(q_begin_ptr + clamped)
     q_end = gl.load(q_end_ptr + clamped)
+    # The loop has no registers for them.
+    bounds.index(2 * HALF).store(q_begin)
+    bounds.index(2 * HALF + 1).store(q_end)
     # Tiles that all 64 keys see whole.
     full_first = gl.cdiv(gl.max(q_begin, 0), TOKENS)
     full_last = gl.min(q_end, 0) // TOKENS
@@ -98,7 +158,8 @@ def consume(
     place = gl.arange(0, ROWS, ROW) // HEADS
 
     no_scores = gl.zeros([KEYS, ROWS], gl.float32, S_LAYOUT)
-    dk = gl.zeros([KEYS, DK], gl.float32, DK_LAYOUT)
+    dk = gl.zeros([KEYS, DK_HEAD], gl.float32, DK_LAYOUT)
+    dk_tail = gl.zeros([KEYS, TAIL], gl.float32, TAIL_LAYOUT)
     dv = gl.zeros([KEYS, DV], gl.float32, DV_LAYOUT)
     # The tile before: none yet, its products add 0.
     p = gl.zeros([KEYS, ROWS], dtype, gl.DotOperandLayout(0, DV_LAYOUT, 2))
@@ -110,53 +171,57 @@ def consume(
     for step in range(seen_first - first, seen_last - first):
         slot = step % STAGES
         tile = first + step
-        token = tile * TOKENS + place
-        whole = (tile >= full_first) & (tile < full_last)
-        k = k_smem.index(HALF).reshape([KEYS, DK])
-        v = v_smem.index(HALF).reshape([KEYS, DV])
         mbarrier.wait(full.index(slot), (step // STAGES) & 1)
-        s = warpgroup_mma(k, transposed(q_ring.index(slot), ROWS, DK), no_scores, use_acc=False, is_async=True)
-        dv = warpgroup_mma(p, do_ring.index(before).reshape([ROWS, DV]), dv, is_async=True)
-        dk = warpgroup_mma(ds, q_ring.index(before).reshape([ROWS, DK]), dk, is_async=True)
-        s = warpgroup_mma_wait(2, deps=[s])
+        s = issue_scores(keys, rings, HALF, slot, no_scores, ROWS, KEYS, DK_HEAD, DK_TAIL)
+        dv, dk, dk_tail = issue_gradients(p, ds, rings, before, dv, dk, dk_tail, ROWS, DK_HEAD, DK_TAIL, DV)
+        s = warpgroup_mma_wait(3 if DK_TAIL > 0 else 2, deps=[s])
         shift = stats_ring.index(2 * slot).load(ROW) * LOG2_E
         wide = gl.exp2(s * scale_log2 - shift[None, :])
         # The branch also keeps ptxas from moving the exponentials behind the wait.
-        if not whole:
-            wide = gl.where((token[None, :] >= q_begin[:, None]) & (token[None, :] < q_end[:, None]), wide, 0.0)
-        dv, dk = warpgroup_mma_wait(0, deps=[dv, dk])
+        if (tile < full_first) | (tile >= full_last):
+            wide = hide(wide, tile * TOKENS + place, bounds, HALF)
+        dv, dk, dk_tail = finish_gradients(dv, dk, dk_tail, DK_TAIL)
+        v = v_smem.index(HALF).reshape([KEYS, DV])
         dp = warpgroup_mma(v, transposed(do_ring.index(slot), ROWS, DV), no_scores, use_acc=False, is_async=True)
         mbarrier.arrive(empty.index(before), pred=tile > seen_first)
         dp = warpgroup_mma_wait(0, deps=[dp])
         delta = stats_ring.index(2 * slot + 1).load(ROW)
         dp = wide * (dp - delta[None, :])
-        if not whole:
-            # p is 0 there already; what hidden keys hold may not be finite.
-            dp = gl.where((token[None, :] >= q_begin[:, None]) & (token[None, :] < q_end[:, None]), dp, 0.0)
         p = gl.convert_layout(wide.to(dtype), gl.DotOperandLayout(0, DV_LAYOUT, 2))
         ds = gl.convert_layout(dp.to(dtype), gl.DotOperandLayout(0, DK_LAYOUT, 2))
         before = slot
     if seen_first < seen_last:
-        dv = warpgroup_mma(p, do_ring.index(before).reshape([ROWS, DV]), dv)
-        dk = warpgroup_mma(ds, q_ring.index(before).reshape([ROWS, DK]), dk)
+        dv, dk, dk_tail = issue_gradients(p, ds, rings, before, dv, dk, dk_tail, ROWS, DK_HEAD, DK_TAIL, DV)
+        dv, dk, dk_tail = finish_gradients(dv, dk, dk_tail, DK_TAIL)
         mbarrier.arrive(empty.index(before))
     pass_on(seen_last - first, last - first, full, empty, STAGES)
 
-    out = (split.to(gl.int64) * num_keys + key + HALF * KEYS + gl.arange(0, KEYS, gl.SliceLayout(1, DK_LAYOUT))) * GROUPS + group
-    keep = (key + HALF * KEYS + gl.arange(0, KEYS, gl.SliceLayout(1, DK_LAYOUT))) < num_keys
-    column = gl.arange(0, DK, gl.SliceLayout(0, DK_LAYOUT))
-    gl.store(dk_ptr + (out * DK)[:, None] + column[None, :], dk * scale, mask=keep[:, None])
-    out = (split.to(gl.int64) * num_keys + key + HALF * KEYS + gl.arange(0, KEYS, gl.SliceLayout(1, DV_LAYOUT))) * GROUPS + group
-    keep = (key + HALF * KEYS + gl.arange(0, KEYS, gl.SliceLayout(1, DV_LAYOUT))) < num_keys
-    column = gl.arange(0, DV, gl.SliceLayout(0, DV_LAYOUT))
-    gl.store(dv_ptr + (out * DV)[:, None] + column[None, :], dv, mask=keep[:, None])
+    target = (bounds, split, key + HALF * KEYS, num_keys, group)
+    store(dk_ptr, dk * scale, 0, HALF, target, GROUPS, DK_HEAD + DK_TAIL)
+    if DK_TAIL > 0:
+        store(dk_ptr, dk_tail * scale, DK_HEAD, HALF, target, GROUPS, DK_HEAD + DK_TAIL)
+    store(dv_ptr, dv, 0, HALF, target, GROUPS, DV)
+
+
+@gluon.jit
+def store(out_ptr, x, column, half, target, GROUPS: gl.constexpr, WIDTH: gl.constexpr):
+    """``x`` to columns ``column ..`` of a warp group's keys in out [splits, M, G, WIDTH]."""
+    bounds, split, key, num_keys, group = target
+    KEY: gl.constexpr = gl.SliceLayout(1, x.type.layout)
+    row = key + gl.arange(0, x.shape[0], KEY)
+    out = (split.to(gl.int64) * num_keys + row) * GROUPS + group
+    columns = column + gl.arange(0, x.shape[1], gl.SliceLayout(0, x.type.layout))
+    # What keys hold that nobody sees may not be finite.
+    some = bounds.index(2 * half).load(KEY) < bounds.index(2 * half + 1).load(KEY)
+    x = gl.where(some[:, None], x, 0.0)
+    gl.store(out_ptr + (out * WIDTH)[:, None] + columns[None, :], x, mask=(row < num_keys)[:, None])
 
 
 @gluon.jit(do_not_specialize=["num_tokens", "num_keys", "splits"])
 def interval_attention_backward_dkv_hopper_kernel(
-    q_desc, do_desc, k_desc, v_desc, stats_desc, q_begin_ptr, q_end_ptr, dk_ptr, dv_ptr,
+    q_desc, q_tail_desc, do_desc, k_desc, k_tail_desc, v_desc, stats_desc, q_begin_ptr, q_end_ptr, dk_ptr, dv_ptr,
     num_tokens, num_keys, splits, tile_rows, scale, scale_log2,
-    GROUPS: gl.constexpr, HEADS: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr,
+    GROUPS: gl.constexpr, HEADS: gl.constexpr, DK_HEAD: gl.constexpr, DK_TAIL: gl.constexpr, DV: gl.constexpr,
     TOKENS: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """dk, dv [splits, M, G, D] partial sums; early key tiles, which causal attention shows to most queries, start first."""
@@ -177,44 +242,57 @@ def interval_attention_backward_dkv_hopper_kernel(
     last = gl.minimum(start + share * (split + 1), stop)
 
     dtype: gl.constexpr = q_desc.dtype
-    k_smem = gl.allocate_shared_memory(dtype, [2, KEYS, 1, DK], k_desc.layout)
+    k_smem = gl.allocate_shared_memory(dtype, [2, KEYS, 1, DK_HEAD], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [2, KEYS, 1, DV], v_desc.layout)
-    q_ring = gl.allocate_shared_memory(dtype, [STAGES, TOKENS, HEADS, DK], q_desc.layout)
+    q_ring = gl.allocate_shared_memory(dtype, [STAGES, TOKENS, HEADS, DK_HEAD], q_desc.layout)
     do_ring = gl.allocate_shared_memory(dtype, [STAGES, TOKENS, HEADS, DV], do_desc.layout)
+    if DK_TAIL > 0:
+        k_tail_smem = gl.allocate_shared_memory(dtype, [2, KEYS, 1, DK_TAIL], k_tail_desc.layout)
+        q_tail_ring = gl.allocate_shared_memory(dtype, [STAGES, TOKENS, HEADS, DK_TAIL], q_tail_desc.layout)
+    else:
+        k_tail_smem = k_smem
+        q_tail_ring = q_ring
     stats_ring = gl.allocate_shared_memory(gl.float32, [2 * STAGES, ROWS], stats_desc.layout)
+    bounds = gl.allocate_shared_memory(gl.int32, [4, KEYS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     kv_full = make_barriers(1, 1).index(0)
     full = make_barriers(STAGES, 1)
     empty = make_barriers(STAGES, 2)
-    shared = (k_smem, v_smem, q_ring, do_ring, stats_ring, kv_full, full, empty)
+    shared = ((k_smem, k_tail_smem, v_smem), (q_ring, q_tail_ring, do_ring), stats_ring, bounds, kv_full, full, empty)
     rest = (q_begin_ptr, q_end_ptr, dk_ptr, dv_ptr, first, last, key, num_keys, group, split, scale, scale_log2)
     gl.warp_specialize([
-        (consume, (gl.constexpr(0), shared, rest, TOKENS, HEADS, ROWS, KEYS, STAGES, GROUPS, DK, DV)),
-        (consume, (gl.constexpr(1), shared, rest, TOKENS, HEADS, ROWS, KEYS, STAGES, GROUPS, DK, DV)),
+        (consume, (gl.constexpr(0), shared, rest, TOKENS, HEADS, ROWS, KEYS, STAGES, GROUPS, DK_HEAD, DK_TAIL, DV)),
+        (consume, (gl.constexpr(1), shared, rest, TOKENS, HEADS, ROWS, KEYS, STAGES, GROUPS, DK_HEAD, DK_TAIL, DV)),
         (fetch, (
-            k_desc, v_desc, q_desc, do_desc, stats_desc, shared, first, last, key, group, tile_rows,
-            TOKENS, HEADS, ROWS, KEYS, STAGES, GROUPS,
+            (q_desc, q_tail_desc, do_desc), (k_desc, k_tail_desc, v_desc), stats_desc, shared, first, last, key, group, tile_rows,
+            TOKENS, HEADS, ROWS, KEYS, STAGES, GROUPS, DK_HEAD, DK_TAIL, DV,
         )),
     ], [4, 1], [240, 24])  # fmt: skip
 
 
+def _tile(dk_width: int) -> tuple[int, int]:
+    return _TAIL_TILE if split_width(dk_width)[1] else _TILE
+
+
 def takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, do: torch.Tensor) -> bool:
-    """Whether :func:`interval_attention_backward_dkv` is for these: widths of 64 or 128, a power of two of at most 64 heads a
-    group, tensors that the copy engine can fetch."""
+    """Whether :func:`interval_attention_backward_dkv` is for these: widths of 64 or 128 (also 192 of q and k), a power of two of
+    at most 64 heads a group (32 where the width is 192), tensors that the copy engine can fetch."""
     return (
-        k.shape[2] in (64, 128)
+        k.shape[2] in (64, 128, 192)
         and v.shape[2] in (64, 128)
         and k.shape[1] > 0
-        and _ROWS % (q.shape[1] // k.shape[1]) == 0
+        and _tile(k.shape[2])[0] % (q.shape[1] // k.shape[1]) == 0
         and fetchable(q, k, v, do)
     )
 
 
-def pack_statistics(shift: torch.Tensor, delta: torch.Tensor, groups: int) -> torch.Tensor:
+def pack_statistics(shift: torch.Tensor, delta: torch.Tensor, groups: int, tile_rows: int) -> torch.Tensor:
     """float32 [2, G, R]: a group's rows, token after token, stand together, and every tile of them begins at a multiple of its
-    size (the copy engine faults on lines that begin off 16 bytes). What fills the last tile is never used."""
+    size (the copy engine faults on lines that begin off 16 bytes). Zeros fill the last tile: there p is 0, and so must ds be."""
     tokens, num_heads = shift.shape
     heads = num_heads // groups
-    stats = torch.empty(2, groups, triton.cdiv(tokens * heads, _ROWS) * _ROWS, dtype=torch.float32, device=shift.device)
+    rows = triton.cdiv(tokens * heads, tile_rows) * tile_rows
+    stats = torch.empty(2, groups, rows, dtype=torch.float32, device=shift.device)
+    stats[..., tokens * heads :] = 0.0
     for part, x in zip(stats[..., : tokens * heads].unflatten(2, (tokens, heads)), (shift, delta), strict=True):
         part.copy_(x.reshape(tokens, groups, heads).transpose(0, 1))
     return stats
@@ -236,16 +314,19 @@ def interval_attention_backward_dkv(
     """As the Triton twin in ``backward.py``, for tensors of which :func:`takes` is true."""
     (tokens, num_heads, dk_width), (num_keys, groups, dv_width) = q.shape, v.shape
     heads = num_heads // groups
-    stats = pack_statistics(shift, delta, groups)
+    head, tail = split_width(dk_width)
+    rows, slots = _tile(dk_width)
+    stats = pack_statistics(shift, delta, groups, rows)
     programs = triton.cdiv(num_keys, 2 * _KEYS) * groups
     splits = splits or query_splits(programs)
     dk = torch.empty(splits, *k.shape, dtype=torch.float32, device=q.device)
     dv = torch.empty(splits, *v.shape, dtype=torch.float32, device=q.device)
     interval_attention_backward_dkv_hopper_kernel[(programs * splits,)](
-        tiles(q, (_ROWS // heads, heads, dk_width)), tiles(do, (_ROWS // heads, heads, dv_width)),
-        tiles(k, (_KEYS, 1, dk_width)), tiles(v, (_KEYS, 1, dv_width)), tiles(stats.view(-1), (_ROWS,)),
+        *(tiles(q, (rows // heads, heads, width)) for width in (head, tail or head)), tiles(do, (rows // heads, heads, dv_width)),
+        *(tiles(k, (_KEYS, 1, width)) for width in (head, tail or head)), tiles(v, (_KEYS, 1, dv_width)),
+        tiles(stats.view(-1), (rows,)),
         q_begin, q_end, dk, dv, tokens, num_keys, splits, stats.shape[2], scale, scale * LOG2_E.value,
-        GROUPS=groups, HEADS=heads, DK=dk_width, DV=dv_width,
-        TOKENS=_ROWS // heads, ROWS=_ROWS, KEYS=_KEYS, STAGES=_SLOTS, num_warps=4,
+        GROUPS=groups, HEADS=heads, DK_HEAD=head, DK_TAIL=tail, DV=dv_width,
+        TOKENS=rows // heads, ROWS=rows, KEYS=_KEYS, STAGES=slots, num_warps=4,
     )  # fmt: skip
     return (dk[0], dv[0]) if splits == 1 else (dk.sum(0), dv.sum(0))

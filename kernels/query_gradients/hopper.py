@@ -3,7 +3,8 @@
 One program: 2 x 64 query rows (tokens times heads of one K/V group). Each warp group owns 64 rows and their dq; one more
 warp fetches tiles of 64 keys and values into a ring (see ``kernels/hopper.py``): first the window's, then the compressed tokens',
 then the blocks of the union of all the program's tokens. A warp group that nothing of a tile concerns passes it on at once. The
-very first tiles are the warp groups' q and do, which move to registers.
+very first tiles are the warp groups' q and do, which move to registers. Where q and k have a tail (128 + 64 columns), registers
+have no room for do beside both parts of q and dq: it has a place of its own, from where every product reads it.
 
 Per tile and warp group: issue S = Q K^T and dP = dO V^T; the exponentials run while dP does, and beside the other warp group's
 products; dq += dS K.
@@ -17,14 +18,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from ..common import INT_MAX, LOG2_E
+from ..common import INT_MAX, LOG2_E, split_width
 from ..hopper import fetchable, tiles
-from ..rings import make_barriers
+from ..rings import fetch_tile, make_barriers
 from ..selected_attention.unions import build_unions
 
 # Triton 3.7 renamed it.
@@ -37,41 +37,42 @@ _SLOTS = 4
 
 
 @gluon.jit
-def fetch_tile(k_desc, v_desc, key, group, count, ring, STAGES: gl.constexpr):
+def fetch_keys(
+    descs, key, group, count, ring, DK_HEAD: gl.constexpr, DK_TAIL: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     """Tile number ``count`` of the sequence: keys ``key .. key + KEYS``."""
-    k_ring, v_ring, full, empty = ring
+    kv_rings, full, empty = ring
     slot = count % STAGES
     mbarrier.wait(empty.index(slot), ((count // STAGES) & 1) ^ 1)
-    mbarrier.expect(full.index(slot), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(k_desc, [key, group, 0], full.index(slot), k_ring.index(slot))
-    tma.async_copy_global_to_shared(v_desc, [key, group, 0], full.index(slot), v_ring.index(slot))
+    mbarrier.expect(full.index(slot), KEYS * (DK_HEAD + DK_TAIL + DV) * 2)
+    fetch_tile(descs, kv_rings, slot, key, group, full.index(slot), DK_HEAD, DK_TAIL)
     return count + 1
 
 
 @gluon.jit
 def fetch(
-    q_desc, do_desc, win_k, win_v, cmp_k, cmp_v, slc_k, slc_v, ring, ranges, entries_ptr, token, group,
-    TOKENS: gl.constexpr, HEADS: gl.constexpr, STAGES: gl.constexpr,
+    q_descs, win_descs, cmp_descs, slc_descs, ring, do_smem, ranges, entries_ptr, token, group,
+    TOKENS: gl.constexpr, HEADS: gl.constexpr, DK_HEAD: gl.constexpr, DK_TAIL: gl.constexpr, DV: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """The fetching warp."""
     win_start, win_stop, cmp_start, cmp_stop, slc_stop, steps, full_steps = ranges
-    k_ring, v_ring, full, empty = ring
+    kv_rings, full, empty = ring
+    k_ring, k_tail_ring, v_ring = kv_rings
     # The first tiles of the sequence are each warp group's q and do.
     for part in gl.static_range(WARP_GROUPS):
-        mbarrier.expect(full.index(part), q_desc.block_type.nbytes + do_desc.block_type.nbytes)
-        q = k_ring.index(part).reshape(q_desc.block_type.shape)
-        do = v_ring.index(part).reshape(do_desc.block_type.shape)
-        tma.async_copy_global_to_shared(q_desc, [token + part * TOKENS, group * HEADS, 0], full.index(part), q)
-        tma.async_copy_global_to_shared(do_desc, [token + part * TOKENS, group * HEADS, 0], full.index(part), do)
+        mbarrier.expect(full.index(part), ROWS * (DK_HEAD + DK_TAIL + DV) * 2)
+        place = token + part * TOKENS
+        fetch_tile(q_descs, (k_ring, k_tail_ring, do_smem), part, place, group * HEADS, full.index(part), DK_HEAD, DK_TAIL)
     count = gl.to_tensor(WARP_GROUPS)
     for key in range(win_start // KEYS * KEYS, win_stop, KEYS):
-        count = fetch_tile(win_k, win_v, key, group, count, ring, STAGES)
+        count = fetch_keys(win_descs, key, group, count, ring, DK_HEAD, DK_TAIL, DV, STAGES)
     for key in range(cmp_start // KEYS * KEYS, cmp_stop, KEYS):
-        count = fetch_tile(cmp_k, cmp_v, key, group, count, ring, STAGES)
+        count = fetch_keys(cmp_descs, key, group, count, ring, DK_HEAD, DK_TAIL, DV, STAGES)
     entry = gl.load(entries_ptr)
     for step in range(steps):
         following = gl.load(entries_ptr + gl.minimum(step + 1, steps - 1))
-        count = fetch_tile(slc_k, slc_v, (entry >> 32).to(gl.int32), group, count, ring, STAGES)
+        count = fetch_keys(slc_descs, (entry >> 32).to(gl.int32), group, count, ring, DK_HEAD, DK_TAIL, DV, STAGES)
         entry = following
 
 
@@ -88,20 +89,36 @@ def clear_hidden(tile, key, start, stop, WIDTH: gl.constexpr):
 
 
 @gluon.jit
+def again(x):
+    """x as if computed anew: what follows from it does not take registers across a loop."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def add_tile(
-    dq, q, do, k_tile, v_tile, key, shift, delta, begin, end, whole, start, stop, scale_log2,
-    S_LAYOUT: gl.constexpr, DQ_LAYOUT: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr,
+    dq, dq_tail, rows, ring, slot, key, shift, delta, begin, end, whole, start, stop, scale_log2,
+    S_LAYOUT: gl.constexpr, DK_HEAD: gl.constexpr, DK_TAIL: gl.constexpr, DV: gl.constexpr,
 ):  # fmt: skip
     """dq + dS K of one key tile; row r sees the keys ``begin[r] .. end[r]``, all of them if ``whole``."""
-    k = k_tile.reshape([KEYS, DK])
-    v = v_tile.reshape([KEYS, DV])
+    q, q_tail, do, part = rows
+    kv_rings, full, empty = ring
+    k_ring, k_tail_ring, v_ring = kv_rings
+    k = k_ring.index(slot).reshape([KEYS, DK_HEAD])
+    k_tail = k_tail_ring.index(slot).reshape([KEYS, DK_TAIL]) if DK_TAIL > 0 else k
+    v = v_ring.index(slot).reshape([KEYS, DV])
     if (key < start) | (key + KEYS > stop):
-        clear_hidden(k, key, start, stop, DK)
+        clear_hidden(k, key, start, stop, DK_HEAD)
+        if DK_TAIL > 0:
+            clear_hidden(k_tail, key, start, stop, DK_TAIL)
         clear_hidden(v, key, start, stop, DV)
         fence_async_shared()
         thread_barrier()
+    if DK_TAIL > 0:
+        do = do.index(again(part)).reshape([ROWS, DV])
     nothing = gl.zeros([ROWS, KEYS], gl.float32, S_LAYOUT)
     s = warpgroup_mma(q, k.permute([1, 0]), nothing, use_acc=False, is_async=True)
+    if DK_TAIL > 0:
+        s = warpgroup_mma(q_tail, k_tail.permute([1, 0]), s, is_async=True)
     dp = warpgroup_mma(do, v.permute([1, 0]), nothing, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(1, deps=[s])
     p = gl.exp2(s * scale_log2 - shift[:, None])
@@ -110,19 +127,24 @@ def add_tile(
     if not whole:
         p = gl.where((column[None, :] >= begin[:, None]) & (column[None, :] < end[:, None]), p, 0.0)
     dp = warpgroup_mma_wait(0, deps=[dp])
-    ds = p * (dp - delta[:, None])
-    ds = gl.convert_layout(ds.to(k.dtype), gl.DotOperandLayout(0, DQ_LAYOUT, 2))
-    dq = warpgroup_mma(ds, k, dq, is_async=True)
-    return warpgroup_mma_wait(0, deps=[dq])
+    ds = (p * (dp - delta[:, None])).to(k.dtype)
+    dq = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, dq.type.layout, 2)), k, dq, is_async=True)
+    if DK_TAIL > 0:
+        ds = gl.convert_layout(ds, gl.DotOperandLayout(0, dq_tail.type.layout, 2))
+        dq_tail = warpgroup_mma(ds, k_tail, dq_tail, is_async=True)
+        dq, dq_tail = warpgroup_mma_wait(0, deps=[dq, dq_tail])
+    else:
+        dq = warpgroup_mma_wait(0, deps=[dq])
+    return dq, dq_tail
 
 
 @gluon.jit
 def add_interval(
-    dq, count, q, do, ring, shift, delta, begin, end, start, stop, scale_log2,
-    S_LAYOUT: gl.constexpr, DQ_LAYOUT: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
+    dq, dq_tail, count, rows, ring, shift, delta, begin, end, start, stop, scale_log2,
+    S_LAYOUT: gl.constexpr, DK_HEAD: gl.constexpr, DK_TAIL: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dq over the key tiles of ``start .. stop``, what any row of the program sees; row r sees ``begin[r] .. end[r]``."""
-    k_ring, v_ring, full, empty = ring
+    kv_rings, full, empty = ring
     some = begin < end
     seen_first = gl.min(gl.where(some, begin, INT_MAX), 0)
     seen_last = gl.max(gl.where(some, end, 0), 0)
@@ -132,13 +154,13 @@ def add_interval(
         slot = count % STAGES
         mbarrier.wait(full.index(slot), (count // STAGES) & 1)
         if (key < seen_last) & (key + KEYS > seen_first):
-            dq = add_tile(
-                dq, q, do, k_ring.index(slot), v_ring.index(slot), key, shift, delta, begin, end,
-                (key >= whole_first) & (key + KEYS <= whole_last), start, stop, scale_log2, S_LAYOUT, DQ_LAYOUT, DK, DV,
+            dq, dq_tail = add_tile(
+                dq, dq_tail, rows, ring, slot, key, shift, delta, begin, end,
+                (key >= whole_first) & (key + KEYS <= whole_last), start, stop, scale_log2, S_LAYOUT, DK_HEAD, DK_TAIL, DV,
             )  # fmt: skip
         mbarrier.arrive(empty.index(slot))
         count += 1
-    return dq, count
+    return dq, dq_tail, count
 
 
 @gluon.jit
@@ -150,21 +172,34 @@ def statistics(branch, stats, valid):
 
 
 @gluon.jit
+def store(dq_ptr, x, column, first_token, group, num_tokens, stride_t, stride_h, HEADS: gl.constexpr):
+    """``x`` to columns ``column ..`` of a warp group's rows of dq."""
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, x.type.layout))
+    token = first_token + row // HEADS
+    offset = token.to(gl.int64) * stride_t + (group * HEADS + row % HEADS).to(gl.int64) * stride_h
+    columns = column + gl.arange(0, x.shape[1], gl.SliceLayout(0, x.type.layout))
+    gl.store(dq_ptr + offset[:, None] + columns[None, :], x.to(dq_ptr.dtype.element_ty), mask=(token < num_tokens)[:, None])
+
+
+@gluon.jit
 def consume(
-    PART: gl.constexpr, ring, ranges, win_stats, cmp_stats, slc_stats, row_pointers, entries_ptr,
+    PART: gl.constexpr, ring, do_smem, ranges, win_stats, cmp_stats, slc_stats, row_pointers, entries_ptr,
     dq_ptr, dq_stride_t, dq_stride_h, first_token, group, num_tokens, scale, scale_log2,
-    GROUPS: gl.constexpr, HEADS: gl.constexpr, TOKENS: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr,
-    STAGES: gl.constexpr,
+    GROUPS: gl.constexpr, HEADS: gl.constexpr, TOKENS: gl.constexpr,
+    DK_HEAD: gl.constexpr, DK_TAIL: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A warp group: 64 query rows against all tiles."""
+    TAIL: gl.constexpr = DK_TAIL if DK_TAIL > 0 else DK_HEAD
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
-    DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DK, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, S_LAYOUT, 2)
     win_start, win_stop, cmp_start, cmp_stop, slc_stop, steps, full_steps = ranges
     win_begin_ptr, win_end_ptr, cmp_begin_ptr, cmp_end_ptr, position_ptr, key_start_ptr = row_pointers
-    k_ring, v_ring, full, empty = ring
+    kv_rings, full, empty = ring
+    k_ring, k_tail_ring, v_ring = kv_rings
 
+    first_token += PART * TOKENS
     row = gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
-    wanted = first_token + PART * TOKENS + row // HEADS
+    wanted = first_token + row // HEADS
     token = gl.minimum(wanted, num_tokens - 1)
     stats = token.to(gl.int64) * (GROUPS * HEADS) + group * HEADS + row % HEADS
     valid = wanted < num_tokens
@@ -172,19 +207,22 @@ def consume(
     for part in gl.static_range(WARP_GROUPS):
         mbarrier.wait(full.index(part), 0)
         if part == PART:
-            q = k_ring.index(part).reshape([ROWS, DK]).load(gl.DotOperandLayout(0, S_LAYOUT, 2))
-            do = v_ring.index(part).reshape([ROWS, DV]).load(gl.DotOperandLayout(0, S_LAYOUT, 2))
+            q = k_ring.index(part).reshape([ROWS, DK_HEAD]).load(OPERAND)
+            q_tail = k_tail_ring.index(part).reshape([ROWS, DK_TAIL]).load(OPERAND) if DK_TAIL > 0 else q
+            do = do_smem if DK_TAIL > 0 else do_smem.index(part).reshape([ROWS, DV]).load(OPERAND)
         mbarrier.arrive(empty.index(part))
-    dq = gl.zeros([ROWS, DK], gl.float32, DQ_LAYOUT)
+    rows = (q, q_tail, do, gl.to_tensor(PART))
+    dq = gl.zeros([ROWS, DK_HEAD], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DK_HEAD, 16]))
+    dq_tail = gl.zeros([ROWS, TAIL], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TAIL, 16]))
     shift, delta = statistics(win_stats, stats, valid)
-    dq, count = add_interval(
-        dq, gl.to_tensor(WARP_GROUPS), q, do, ring, shift, delta, gl.load(win_begin_ptr + token), gl.load(win_end_ptr + token),
-        win_start, win_stop, scale_log2, S_LAYOUT, DQ_LAYOUT, DK, DV, STAGES,
+    dq, dq_tail, count = add_interval(
+        dq, dq_tail, gl.to_tensor(WARP_GROUPS), rows, ring, shift, delta, gl.load(win_begin_ptr + token),
+        gl.load(win_end_ptr + token), win_start, win_stop, scale_log2, S_LAYOUT, DK_HEAD, DK_TAIL, DV, STAGES,
     )  # fmt: skip
     shift, delta = statistics(cmp_stats, stats, valid)
-    dq, count = add_interval(
-        dq, count, q, do, ring, shift, delta, gl.load(cmp_begin_ptr + token), gl.load(cmp_end_ptr + token), cmp_start, cmp_stop,
-        scale_log2, S_LAYOUT, DQ_LAYOUT, DK, DV, STAGES,
+    dq, dq_tail, count = add_interval(
+        dq, dq_tail, count, rows, ring, shift, delta, gl.load(cmp_begin_ptr + token), gl.load(cmp_end_ptr + token),
+        cmp_start, cmp_stop, scale_log2, S_LAYOUT, DK_HEAD, DK_TAIL, DV, STAGES,
     )  # fmt: skip
 
     shift, delta = statistics(slc_stats, stats, valid)
@@ -197,21 +235,18 @@ def consume(
         bits = (entry.to(gl.int32) >> (PART * TOKENS)) & ((1 << TOKENS) - 1)
         if bits != 0:
             picked = ((bits >> (row // HEADS)) & 1) != 0
-            dq = add_tile(
-                dq, q, do, k_ring.index(slot), v_ring.index(slot), (entry >> 32).to(gl.int32),
+            dq, dq_tail = add_tile(
+                dq, dq_tail, rows, ring, slot, (entry >> 32).to(gl.int32),
                 gl.where(picked, shift, float("inf")), delta, limit * 0, limit, step < full_steps, 0, slc_stop,
-                scale_log2, S_LAYOUT, DQ_LAYOUT, DK, DV,
+                scale_log2, S_LAYOUT, DK_HEAD, DK_TAIL, DV,
             )  # fmt: skip
         mbarrier.arrive(empty.index(slot))
         count += 1
         entry = following
 
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, DQ_LAYOUT))
-    wanted = first_token + PART * TOKENS + row // HEADS
-    offset = wanted.to(gl.int64) * dq_stride_t + (group * HEADS + row % HEADS).to(gl.int64) * dq_stride_h
-    column = gl.arange(0, DK, gl.SliceLayout(0, DQ_LAYOUT))
-    out = (dq * scale).to(dq_ptr.dtype.element_ty)
-    gl.store(dq_ptr + offset[:, None] + column[None, :], out, mask=(wanted < num_tokens)[:, None])
+    store(dq_ptr, dq * scale, 0, first_token, group, num_tokens, dq_stride_t, dq_stride_h, HEADS)
+    if DK_TAIL > 0:
+        store(dq_ptr, dq_tail * scale, DK_HEAD, first_token, group, num_tokens, dq_stride_t, dq_stride_h, HEADS)
 
 
 @gluon.jit
@@ -226,12 +261,13 @@ def seen_range(begin_ptr, end_ptr, token):
 
 @gluon.jit(do_not_specialize=["num_tokens"])
 def query_gradients_hopper_kernel(
-    q_desc, do_desc, win_k, win_v, cmp_k, cmp_v, slc_k, slc_v, dq_ptr, dq_stride_t, dq_stride_h,
+    q_desc, q_tail_desc, do_desc, win_k, win_k_tail, win_v, cmp_k, cmp_k_tail, cmp_v, slc_k, slc_k_tail, slc_v,
+    dq_ptr, dq_stride_t, dq_stride_h,
     win_shift_ptr, win_delta_ptr, cmp_shift_ptr, cmp_delta_ptr, slc_shift_ptr, slc_delta_ptr,
     win_begin_ptr, win_end_ptr, cmp_begin_ptr, cmp_end_ptr, entries_ptr, counts_ptr, position_ptr, key_start_ptr,
     num_tokens, scale, scale_log2,
-    GROUPS: gl.constexpr, HEADS: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, TOKENS: gl.constexpr,
-    ENTRIES: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
+    GROUPS: gl.constexpr, HEADS: gl.constexpr, DK_HEAD: gl.constexpr, DK_TAIL: gl.constexpr, DV: gl.constexpr,
+    TOKENS: gl.constexpr, ENTRIES: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Groups one after the other, so that one group's keys and values stay in the cache; late tiles, which see most, first."""
     num_tiles = gl.cdiv(num_tokens, WARP_GROUPS * TOKENS)
@@ -251,11 +287,17 @@ def query_gradients_hopper_kernel(
     ranges = (win_start, win_stop, cmp_start, cmp_stop, slc_stop, steps, full_steps)
 
     dtype: gl.constexpr = q_desc.dtype
-    k_ring = gl.allocate_shared_memory(dtype, [STAGES, KEYS, 1, DK], win_k.layout)
+    k_ring = gl.allocate_shared_memory(dtype, [STAGES, KEYS, 1, DK_HEAD], win_k.layout)
     v_ring = gl.allocate_shared_memory(dtype, [STAGES, KEYS, 1, DV], win_v.layout)
+    if DK_TAIL > 0:
+        k_tail_ring = gl.allocate_shared_memory(dtype, [STAGES, KEYS, 1, DK_TAIL], win_k_tail.layout)
+        do_smem = gl.allocate_shared_memory(dtype, [WARP_GROUPS, TOKENS, HEADS, DV], do_desc.layout)
+    else:
+        k_tail_ring = k_ring
+        do_smem = v_ring
     full = make_barriers(STAGES, 1)
     empty = make_barriers(STAGES, WARP_GROUPS)
-    ring = (k_ring, v_ring, full, empty)
+    ring = ((k_ring, k_tail_ring, v_ring), full, empty)
     row_pointers = (win_begin_ptr, win_end_ptr, cmp_begin_ptr, cmp_end_ptr, position_ptr, key_start_ptr)
     win_stats = (win_shift_ptr, win_delta_ptr)
     cmp_stats = (cmp_shift_ptr, cmp_delta_ptr)
@@ -263,18 +305,19 @@ def query_gradients_hopper_kernel(
     gl.warp_specialize(
         [
             (consume, (
-                gl.constexpr(0), ring, ranges, win_stats, cmp_stats, slc_stats, row_pointers,
+                gl.constexpr(0), ring, do_smem, ranges, win_stats, cmp_stats, slc_stats, row_pointers,
                 entries_ptr, dq_ptr, dq_stride_t, dq_stride_h, first_token, group, num_tokens, scale, scale_log2,
-                GROUPS, HEADS, TOKENS, DK, DV, STAGES,
+                GROUPS, HEADS, TOKENS, DK_HEAD, DK_TAIL, DV, STAGES,
             )),
             (consume, (
-                gl.constexpr(1), ring, ranges, win_stats, cmp_stats, slc_stats, row_pointers,
+                gl.constexpr(1), ring, do_smem, ranges, win_stats, cmp_stats, slc_stats, row_pointers,
                 entries_ptr, dq_ptr, dq_stride_t, dq_stride_h, first_token, group, num_tokens, scale, scale_log2,
-                GROUPS, HEADS, TOKENS, DK, DV, STAGES,
+                GROUPS, HEADS, TOKENS, DK_HEAD, DK_TAIL, DV, STAGES,
             )),
             (fetch, (
-                q_desc, do_desc, win_k, win_v, cmp_k, cmp_v, slc_k, slc_v, ring, ranges, entries_ptr,
-                first_token, group, TOKENS, HEADS, STAGES,
+                (q_desc, q_tail_desc, do_desc), (win_k, win_k_tail, win_v), (cmp_k, cmp_k_tail, cmp_v),
+                (slc_k, slc_k_tail, slc_v), ring, do_smem, ranges, entries_ptr, first_token, group,
+                TOKENS, HEADS, DK_HEAD, DK_TAIL, DV, STAGES,
             )),
         ],
         [4, 1],
@@ -283,12 +326,12 @@ def query_gradients_hopper_kernel(
 
 
 def takes(q: torch.Tensor, do: torch.Tensor, keys: list[torch.Tensor], block_size: int) -> bool:
-    """Whether :func:`query_gradients` is for these: widths of 64 or 128, 4 to 64 heads a group, a power of two (more tokens
-    a tile than 32 do not fit the union's masks), blocks of 64, all fetchable. ``keys``: k, v by branch."""
+    """Whether :func:`query_gradients` is for these: widths of 64 or 128 (also 192 of q and k), 4 to 64 heads a group, a power
+    of two (more tokens a tile than 32 do not fit the union's masks), blocks of 64, all fetchable. ``keys``: k, v by branch."""
     heads = q.shape[1] // keys[0].shape[1]
     return (
         block_size == KEYS.value
-        and q.shape[2] in (64, 128)
+        and q.shape[2] in (64, 128, 192)
         and do.shape[2] in (64, 128)
         and heads >= 4
         and ROWS.value % heads == 0
@@ -317,12 +360,19 @@ def query_gradients(
     """
     (tokens, num_heads, dk), groups, dv = q.shape, keys[0].shape[1], do.shape[2]
     heads = num_heads // groups
+    head, tail = split_width(dk)
     tile_tokens = ROWS.value // heads
     unions = build_unions(blocks, position, key_start, KEYS.value, WARP_GROUPS.value * tile_tokens)
+
+    def pair_tiles(x: torch.Tensor, y: torch.Tensor, rows: int, heads: int) -> list[object]:
+        """Tiles of q and do, or of k and v; without a tail its place holds the head's."""
+        return [tiles(x, (rows, heads, head)), tiles(x, (rows, heads, tail or head)), tiles(y, (rows, heads, dv))]
+
     query_gradients_hopper_kernel[(unions.counts.shape[0] * groups,)](
-        tiles(q, (tile_tokens, heads, dk)), tiles(do, (tile_tokens, heads, dv)),
-        *(tiles(x, (KEYS.value, 1, x.shape[2])) for x in keys), dq, *dq.stride()[:2], *statistics, *ranges,
+        *pair_tiles(q, do, tile_tokens, heads),
+        *(part for branch in range(3) for part in pair_tiles(*keys[2 * branch : 2 * branch + 2], KEYS.value, 1)),
+        dq, *dq.stride()[:2], *statistics, *ranges,
         unions.entries, unions.counts, position, key_start, tokens, scale, scale * LOG2_E.value,
-        GROUPS=groups, HEADS=heads, DK=dk, DV=dv, TOKENS=tile_tokens, ENTRIES=unions.entries.shape[-1], STAGES=_SLOTS,
-        num_warps=4,
+        GROUPS=groups, HEADS=heads, DK_HEAD=head, DK_TAIL=tail, DV=dv,
+        TOKENS=tile_tokens, ENTRIES=unions.entries.shape[-1], STAGES=_SLOTS, num_warps=4,
     )  # fmt: skip

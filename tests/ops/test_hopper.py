@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -59,6 +60,8 @@ CASES = {
     "2 heads": Case(4, 2, 64, 64, (0, 1, 34, 421)),
     "64 heads": Case(64, 1, 128, 128, (0, 700)),
     "192/128": Case(32, 2, 192, 128),
+    "192/64": Case(8, 2, 192, 64, dtype=torch.float16),
+    "192, long": Case(64, 4, 192, 128, (0, 4097)),
 }
 
 
@@ -247,13 +250,54 @@ def _choices(plan: NSAPlan, groups: int, drifting: bool) -> Tensor:
     return chosen.masked_fill(chosen == 1 << 20, -1).to(torch.int32)
 
 
+def _runs_on_hopper(target: str, launch: Callable[[], object]) -> bool:
+    """Whether ``launch`` goes to the Hopper kernel ``target`` of ``nsa_cp.kernels``, which does not run."""
+    with mock.patch(f"nsa_cp.kernels.{target}", return_value=(None, None)) as called:
+        launch()
+    return called.call_count == 1
+
+
 def test_who_runs_when() -> None:
     """Widths that suit go to the Hopper kernels, others to Triton; a tile shape or ``hopper=False`` asks for Triton."""
-    target = "nsa_cp.kernels.interval_attention.hopper_forward.interval_attention_forward"
-    for width, options, expected in ((128, {}, 1), (96, {}, 0), (128, {"hopper": False}, 0), (128, {"bulk": False}, 0)):
+    target = "interval_attention.hopper_forward.interval_attention_forward"
+    for width, options, expected in (
+        (128, {}, True),
+        (96, {}, False),
+        (128, {"hopper": False}, False),
+        (128, {"bulk": False}, False),
+    ):
         case = Case(8, 2, width, width)
         rows, bounds, _ = _intervals(_plan(case), "window")
         q, _ = _queries(case)
-        with mock.patch(target, return_value=None) as called:
-            interval_attention_forward(q, *_hidden_keys(case, rows), *bounds, SCALE, **options)
-        assert called.call_count == expected, (width, options)
+        k, v = _hidden_keys(case, rows)
+        launch = partial(interval_attention_forward, q, k, v, *bounds, SCALE, **options)
+        assert _runs_on_hopper(target, launch) == expected, (width, options)
+
+
+@pytest.mark.parametrize(
+    "case, key_gradients, query_gradients_too",
+    [
+        (Case(64, 1, 128, 128), True, True),
+        (Case(32, 1, 192, 128), True, True),
+        # Tiles of 32 rows.
+        (Case(64, 1, 192, 128), False, True),
+        # Tokens of 2 heads do not fit the union's masks.
+        (Case(4, 2, 192, 64), True, False),
+        (Case(8, 2, 192, 192), False, False),
+        (Case(8, 2, 96, 64), False, False),
+    ],
+    ids=lambda value: f"{value.heads // value.groups} heads, {value.dk}/{value.dv}" if isinstance(value, Case) else None,
+)
+def test_who_runs_backward(case: Case, key_gradients: bool, query_gradients_too: bool) -> None:
+    """As :func:`test_who_runs_when`, backward."""
+    plan = _plan(case)
+    rows, bounds, of_keys = _intervals(plan, "window")
+    q, do = _queries(case)
+    k, v = _hidden_keys(case, rows)
+    statistics = (torch.zeros(q.shape[:2], device=DEVICE), torch.zeros(q.shape[:2], device=DEVICE))
+    launch = partial(interval_attention_backward_dkv, q, k, v, do, *statistics, *of_keys, SCALE)
+    assert _runs_on_hopper("interval_attention.hopper_backward.interval_attention_backward_dkv", launch) == key_gradients
+    branches = [Branch(k, v, *statistics)] * 3
+    tables = (_choices(plan, case.groups, False), plan.position, plan.key_start + MARGIN, 64, SCALE)
+    launch = partial(query_gradients, q, do, *branches, bounds, bounds, *tables)
+    assert _runs_on_hopper("query_gradients.hopper.query_gradients", launch) == query_gradients_too
