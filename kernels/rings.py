@@ -29,3 +29,9 @@ def fetch_tile(descs, buffers, slot, row, head, bar, DK_HEAD: gl.constexpr, DK_T
         tail = k_tail_buffer.index(slot).reshape(k_tail_desc.block_type.shape)
         tma.async_copy_global_to_shared(k_tail_desc, [row, head, DK_HEAD], bar, tail)
     tma.async_copy_global_to_shared(v_desc, [row, head, 0], bar, v_buffer.index(slot).reshape(v_desc.block_type.shape))
+
+
+@gluon.jit
+def again(x):
+    """x as if computed anew: what follows from it does not take registers across a loop."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)

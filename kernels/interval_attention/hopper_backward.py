@@ -24,8 +24,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 
 from ..common import INT_MAX, LOG2_E, split_width
 from ..hopper import fetchable, tiles
-from ..rings import fetch_tile, make_barriers
-from .backward import query_splits
+from ..rings import again, fetch_tile, make_barriers
+from .backward import ROWS_A_SUM, query_splits
 
 # Keys of a warp group.
 _KEYS = 64
@@ -125,7 +125,7 @@ def hide(wide, token, bounds, half):
 def consume(
     HALF: gl.constexpr, shared, rest,
     TOKENS: gl.constexpr, HEADS: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
-    GROUPS: gl.constexpr, DK_HEAD: gl.constexpr, DK_TAIL: gl.constexpr, DV: gl.constexpr,
+    SEGMENT: gl.constexpr, GROUPS: gl.constexpr, DK_HEAD: gl.constexpr, DK_TAIL: gl.constexpr, DV: gl.constexpr,
 ):  # fmt: skip
     """A warp group: 64 keys against all tiles."""
     keys, rings, stats_ring, bounds, kv_full, full, empty = shared
@@ -158,55 +158,57 @@ def consume(
     place = gl.arange(0, ROWS, ROW) // HEADS
 
     no_scores = gl.zeros([KEYS, ROWS], gl.float32, S_LAYOUT)
-    dk = gl.zeros([KEYS, DK_HEAD], gl.float32, DK_LAYOUT)
-    dk_tail = gl.zeros([KEYS, TAIL], gl.float32, TAIL_LAYOUT)
-    dv = gl.zeros([KEYS, DV], gl.float32, DV_LAYOUT)
-    # The tile before: none yet, its products add 0.
-    p = gl.zeros([KEYS, ROWS], dtype, gl.DotOperandLayout(0, DV_LAYOUT, 2))
-    ds = gl.zeros([KEYS, ROWS], dtype, gl.DotOperandLayout(0, DK_LAYOUT, 2))
     pass_on(0, seen_first - first, full, empty, STAGES)
-    before = (seen_first - first) % STAGES
     if first < last:
         mbarrier.wait(kv_full, 0)
-    for step in range(seen_first - first, seen_last - first):
-        slot = step % STAGES
-        tile = first + step
-        mbarrier.wait(full.index(slot), (step // STAGES) & 1)
-        s = issue_scores(keys, rings, HALF, slot, no_scores, ROWS, KEYS, DK_HEAD, DK_TAIL)
-        dv, dk, dk_tail = issue_gradients(p, ds, rings, before, dv, dk, dk_tail, ROWS, DK_HEAD, DK_TAIL, DV)
-        s = warpgroup_mma_wait(3 if DK_TAIL > 0 else 2, deps=[s])
-        shift = stats_ring.index(2 * slot).load(ROW) * LOG2_E
-        wide = gl.exp2(s * scale_log2 - shift[None, :])
-        # The branch also keeps ptxas from moving the exponentials behind the wait.
-        if (tile < full_first) | (tile >= full_last):
-            wide = hide(wide, tile * TOKENS + place, bounds, HALF)
-        dv, dk, dk_tail = finish_gradients(dv, dk, dk_tail, DK_TAIL)
-        v = v_smem.index(HALF).reshape([KEYS, DV])
-        dp = warpgroup_mma(v, transposed(do_ring.index(slot), ROWS, DV), no_scores, use_acc=False, is_async=True)
-        mbarrier.arrive(empty.index(before), pred=tile > seen_first)
-        dp = warpgroup_mma_wait(0, deps=[dp])
-        delta = stats_ring.index(2 * slot + 1).load(ROW)
-        dp = wide * (dp - delta[None, :])
-        p = gl.convert_layout(wide.to(dtype), gl.DotOperandLayout(0, DV_LAYOUT, 2))
-        ds = gl.convert_layout(dp.to(dtype), gl.DotOperandLayout(0, DK_LAYOUT, 2))
-        before = slot
-    if seen_first < seen_last:
-        dv, dk, dk_tail = issue_gradients(p, ds, rings, before, dv, dk, dk_tail, ROWS, DK_HEAD, DK_TAIL, DV)
-        dv, dk, dk_tail = finish_gradients(dv, dk, dk_tail, DK_TAIL)
-        mbarrier.arrive(empty.index(before))
+    # Sums are taken from the matrix units piece by piece, see ROWS_A_SUM; once even where there are no rows.
+    for start in range(seen_first - first, gl.maximum(seen_last, seen_first + 1) - first, SEGMENT):
+        stop = gl.minimum(start + SEGMENT, seen_last - first)
+        dk = gl.zeros([KEYS, DK_HEAD], gl.float32, DK_LAYOUT)
+        dk_tail = gl.zeros([KEYS, TAIL], gl.float32, TAIL_LAYOUT)
+        dv = gl.zeros([KEYS, DV], gl.float32, DV_LAYOUT)
+        # The tile before: none yet, its products add 0.
+        p = gl.zeros([KEYS, ROWS], dtype, gl.DotOperandLayout(0, DV_LAYOUT, 2))
+        ds = gl.zeros([KEYS, ROWS], dtype, gl.DotOperandLayout(0, DK_LAYOUT, 2))
+        before = start % STAGES
+        for step in range(start, stop):
+            slot = step % STAGES
+            tile = first + step
+            mbarrier.wait(full.index(slot), (step // STAGES) & 1)
+            s = issue_scores(keys, rings, HALF, slot, no_scores, ROWS, KEYS, DK_HEAD, DK_TAIL)
+            dv, dk, dk_tail = issue_gradients(p, ds, rings, before, dv, dk, dk_tail, ROWS, DK_HEAD, DK_TAIL, DV)
+            s = warpgroup_mma_wait(3 if DK_TAIL > 0 else 2, deps=[s])
+            shift = stats_ring.index(2 * slot).load(ROW) * LOG2_E
+            wide = gl.exp2(s * scale_log2 - shift[None, :])
+            # The branch also keeps ptxas from moving the exponentials behind the wait.
+            if (tile < full_first) | (tile >= full_last):
+                wide = hide(wide, tile * TOKENS + place, bounds, HALF)
+            dv, dk, dk_tail = finish_gradients(dv, dk, dk_tail, DK_TAIL)
+            v = v_smem.index(HALF).reshape([KEYS, DV])
+            dp = warpgroup_mma(v, transposed(do_ring.index(slot), ROWS, DV), no_scores, use_acc=False, is_async=True)
+            mbarrier.arrive(empty.index(before), pred=step > start)
+            dp = warpgroup_mma_wait(0, deps=[dp])
+            delta = stats_ring.index(2 * slot + 1).load(ROW)
+            dp = wide * (dp - delta[None, :])
+            p = gl.convert_layout(wide.to(dtype), gl.DotOperandLayout(0, DV_LAYOUT, 2))
+            ds = gl.convert_layout(dp.to(dtype), gl.DotOperandLayout(0, DK_LAYOUT, 2))
+            before = slot
+        if start < stop:
+            dv, dk, dk_tail = issue_gradients(p, ds, rings, before, dv, dk, dk_tail, ROWS, DK_HEAD, DK_TAIL, DV)
+            dv, dk, dk_tail = finish_gradients(dv, dk, dk_tail, DK_TAIL)
+            mbarrier.arrive(empty.index(before))
+        target = (bounds, split, again(key + HALF * KEYS), num_keys, group, start > seen_first - first)
+        add(dk_ptr, dk * scale, 0, HALF, target, GROUPS, DK_HEAD + DK_TAIL)
+        if DK_TAIL > 0:
+            add(dk_ptr, dk_tail * scale, DK_HEAD, HALF, target, GROUPS, DK_HEAD + DK_TAIL)
+        add(dv_ptr, dv, 0, HALF, target, GROUPS, DV)
     pass_on(seen_last - first, last - first, full, empty, STAGES)
-
-    target = (bounds, split, key + HALF * KEYS, num_keys, group)
-    store(dk_ptr, dk * scale, 0, HALF, target, GROUPS, DK_HEAD + DK_TAIL)
-    if DK_TAIL > 0:
-        store(dk_ptr, dk_tail * scale, DK_HEAD, HALF, target, GROUPS, DK_HEAD + DK_TAIL)
-    store(dv_ptr, dv, 0, HALF, target, GROUPS, DV)
 
 
 @gluon.jit
-def store(out_ptr, x, column, half, target, GROUPS: gl.constexpr, WIDTH: gl.constexpr):
-    """``x`` to columns ``column ..`` of a warp group's keys in out [splits, M, G, WIDTH]."""
-    bounds, split, key, num_keys, group = target
+def add(out_ptr, x, column, half, target, GROUPS: gl.constexpr, WIDTH: gl.constexpr):
+    """``x`` to columns ``column ..`` of a warp group's keys in out [splits, M, G, WIDTH], or added to them if ``more``."""
+    bounds, split, key, num_keys, group, more = target
     KEY: gl.constexpr = gl.SliceLayout(1, x.type.layout)
     row = key + gl.arange(0, x.shape[0], KEY)
     out = (split.to(gl.int64) * num_keys + row) * GROUPS + group
@@ -214,7 +216,10 @@ def store(out_ptr, x, column, half, target, GROUPS: gl.constexpr, WIDTH: gl.cons
     # What keys hold that nobody sees may not be finite.
     some = bounds.index(2 * half).load(KEY) < bounds.index(2 * half + 1).load(KEY)
     x = gl.where(some[:, None], x, 0.0)
-    gl.store(out_ptr + (out * WIDTH)[:, None] + columns[None, :], x, mask=(row < num_keys)[:, None])
+    pointers = out_ptr + (out * WIDTH)[:, None] + columns[None, :]
+    keep = (row < num_keys)[:, None]
+    # The same thread wrote them.
+    gl.store(pointers, x + gl.load(pointers, mask=keep & more, other=0.0), mask=keep)
 
 
 @gluon.jit(do_not_specialize=["num_tokens", "num_keys", "splits"])
@@ -222,7 +227,8 @@ def interval_attention_backward_dkv_hopper_kernel(
     q_desc, q_tail_desc, do_desc, k_desc, k_tail_desc, v_desc, stats_desc, q_begin_ptr, q_end_ptr, dk_ptr, dv_ptr,
     num_tokens, num_keys, splits, tile_rows, scale, scale_log2,
     GROUPS: gl.constexpr, HEADS: gl.constexpr, DK_HEAD: gl.constexpr, DK_TAIL: gl.constexpr, DV: gl.constexpr,
-    TOKENS: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
+    TOKENS: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, SEGMENT: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     """dk, dv [splits, M, G, D] partial sums; early key tiles, which causal attention shows to most queries, start first."""
     group = gl.program_id(0) % GROUPS
@@ -260,8 +266,8 @@ def interval_attention_backward_dkv_hopper_kernel(
     shared = ((k_smem, k_tail_smem, v_smem), (q_ring, q_tail_ring, do_ring), stats_ring, bounds, kv_full, full, empty)
     rest = (q_begin_ptr, q_end_ptr, dk_ptr, dv_ptr, first, last, key, num_keys, group, split, scale, scale_log2)
     gl.warp_specialize([
-        (consume, (gl.constexpr(0), shared, rest, TOKENS, HEADS, ROWS, KEYS, STAGES, GROUPS, DK_HEAD, DK_TAIL, DV)),
-        (consume, (gl.constexpr(1), shared, rest, TOKENS, HEADS, ROWS, KEYS, STAGES, GROUPS, DK_HEAD, DK_TAIL, DV)),
+        (consume, (gl.constexpr(0), shared, rest, TOKENS, HEADS, ROWS, KEYS, STAGES, SEGMENT, GROUPS, DK_HEAD, DK_TAIL, DV)),
+        (consume, (gl.constexpr(1), shared, rest, TOKENS, HEADS, ROWS, KEYS, STAGES, SEGMENT, GROUPS, DK_HEAD, DK_TAIL, DV)),
         (fetch, (
             (q_desc, q_tail_desc, do_desc), (k_desc, k_tail_desc, v_desc), stats_desc, shared, first, last, key, group, tile_rows,
             TOKENS, HEADS, ROWS, KEYS, STAGES, GROUPS, DK_HEAD, DK_TAIL, DV,
@@ -310,6 +316,7 @@ def interval_attention_backward_dkv(
     scale: float,
     *,
     splits: int | None = None,
+    rows_a_sum: int = ROWS_A_SUM,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As the Triton twin in ``backward.py``, for tensors of which :func:`takes` is true."""
     (tokens, num_heads, dk_width), (num_keys, groups, dv_width) = q.shape, v.shape
@@ -327,6 +334,6 @@ def interval_attention_backward_dkv(
         tiles(stats.view(-1), (rows,)),
         q_begin, q_end, dk, dv, tokens, num_keys, splits, stats.shape[2], scale, scale * LOG2_E.value,
         GROUPS=groups, HEADS=heads, DK_HEAD=head, DK_TAIL=tail, DV=dv_width,
-        TOKENS=rows // heads, ROWS=rows, KEYS=_KEYS, STAGES=slots, num_warps=4,
+        TOKENS=rows // heads, ROWS=rows, KEYS=_KEYS, STAGES=slots, SEGMENT=max(1, rows_a_sum // rows), num_warps=4,
     )  # fmt: skip
     return (dk[0], dv[0]) if splits == 1 else (dk.sum(0), dv.sum(0))

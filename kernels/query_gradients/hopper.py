@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..common import INT_MAX, LOG2_E, split_width
 from ..hopper import fetchable, tiles
-from ..rings import fetch_tile, make_barriers
+from ..rings import again, fetch_tile, make_barriers
 from ..selected_attention.unions import build_unions
 
 # Triton 3.7 renamed it.
@@ -86,12 +86,6 @@ def clear_hidden(tile, key, start, stop, WIDTH: gl.constexpr):
     row = key + gl.arange(0, KEYS, gl.SliceLayout(1, LAYOUT))
     keep = ((row >= start) & (row < stop))[:, None]
     tile.store(gl.where(keep, tile.load(LAYOUT), gl.zeros([KEYS, WIDTH], tile.dtype, LAYOUT)))
-
-
-@gluon.jit
-def again(x):
-    """x as if computed anew: what follows from it does not take registers across a loop."""
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit

@@ -150,9 +150,9 @@ def _language(scale: str, corpus: Corpus) -> Study:
         (Claim(metric="trailing_loss", margin=0.005, relative=True, higher_is_better=False),),
     )
     if scale == "full":
-        task = LanguageTask(corpus=corpus, stage=Stage(600, 8, 8192), valid_batches=4, test_batches=16)
+        task = LanguageTask(corpus=corpus, stage=Stage(2400, 2, 8192), valid_batches=16, test_batches=64)
         model = ModelSettings(vocab_size=256, num_layers=4, hidden_size=256, ffn_hidden_size=704, rotary=rotary, nsa=_NSA)
-        train = TrainSettings(warmup_steps=60, weight_decay=0.1, betas=(0.9, 0.95), eval_every=100)
+        train = TrainSettings(warmup_steps=200, weight_decay=0.1, betas=(0.9, 0.95), eval_every=300)
     else:
         mini = scale == "mini"
         stage = Stage(300, 8, 1024) if mini else Stage(6, 2, 256)
@@ -165,5 +165,5 @@ def _language(scale: str, corpus: Corpus) -> Study:
         train = TrainSettings(warmup_steps=20, weight_decay=0.1, betas=(0.9, 0.95), eval_every=50, precision="float32")
     return Study(
         name="language", scale=scale, title="Language modelling on bytes of Python sources", task=task, model=model, train=train,
-        arms=ARMS, lrs=(1e-3, 2e-3, 4e-3), seeds=(0, 1, 2), select_by="trailing_loss", select_highest=False, claims=claims,
+        arms=ARMS, lrs=(5e-4, 1e-3, 2e-3), seeds=(0, 1, 2), select_by="trailing_loss", select_highest=False, claims=claims,
     )  # fmt: skip

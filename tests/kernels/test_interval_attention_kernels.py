@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsa_cp.kernels.interval_attention.backward import interval_attention_backward
+from nsa_cp.kernels.interval_attention.backward import interval_attention_backward, interval_attention_backward_dkv
 from nsa_cp.kernels.interval_attention.forward import interval_attention_forward, interval_lse
 from nsa_cp.kernels.tuning import TileConfig
 from nsa_cp.testing import assert_close
@@ -165,6 +165,20 @@ def test_table_of_tile_shapes(dtype: torch.dtype, tolerance: float, device: str)
     bounds = (rows.begin, rows.end, *query_ranges(rows))
     gradients = interval_attention_backward(q, k, v, do, row_shift(lse, gate), delta, *bounds, 0.25)
     assert_close(list(gradients), dense_gradients(tensors, rows, gate, 0.25), max_relative_error=2 * tolerance, name="gradient")
+
+
+@pytest.mark.parametrize("name", ["causal-1head", "window-2heads", "nothing"])
+def test_sums_are_taken_piece_by_piece(name: str, device: str) -> None:
+    """As many pieces as wanted add up to the same dk and dv."""
+    (q, k, v, do), rows, gate = make_inputs(name, torch.float32, device)
+    out, lse = dense_attention(q.double(), k.double(), v.double(), rows, 0.3)
+    statistics = (row_shift(lse.float(), gate), (do * out).sum(-1).float())
+    expected = dense_gradients([q, k, v, do], rows, gate, 0.3)[1:]
+    for splits in (1, 2):
+        pieces = interval_attention_backward_dkv(
+            q, k, v, do, *statistics, *query_ranges(rows), 0.3, config=SMALL, splits=splits, rows_a_sum=2 * SMALL.rows
+        )
+        assert_close(list(pieces), expected, max_relative_error=1e-5, name=f"{splits} splits")
 
 
 @pytest.mark.parametrize("bulk", [False, True], ids=["plain", "bulk"])

@@ -15,7 +15,7 @@ from nsa_cp.config import NSAConfig
 from nsa_cp.context_parallel import SequenceLayout
 from nsa_cp.kernels.block_selection import forward as selection
 from nsa_cp.kernels.hopper import on_hopper
-from nsa_cp.kernels.interval_attention.backward import interval_attention_backward_dkv
+from nsa_cp.kernels.interval_attention.backward import ROWS_A_SUM, interval_attention_backward_dkv
 from nsa_cp.kernels.interval_attention.forward import interval_attention_forward, interval_lse
 from nsa_cp.kernels.query_gradients.backward import Branch, query_gradients
 from nsa_cp.kernels.selected_attention.backward import selected_attention_backward_dkv
@@ -182,6 +182,31 @@ def test_key_gradients(case: str, name: str) -> None:
         assert_close(list(gradients), list(expected), max_relative_error=1e-4, name=f"{splits} splits")
         again = interval_attention_backward_dkv(*arguments, splits=splits)
         assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
+    pieces = interval_attention_backward_dkv(*arguments, splits=1, rows_a_sum=128)
+    assert_close(list(pieces), list(expected), max_relative_error=1e-4, name="sums of 128 rows")
+
+
+@pytest.mark.parametrize("hopper", [True, False], ids=["gluon", "triton"])
+def test_long_sums_do_not_shrink(hopper: bool) -> None:
+    """Four million rows that all add to dv; matrix units alone, which round toward zero, lose a part of it."""
+    tokens, heads, keys, width = 1 << 16, 64, 128, 64
+    q, k, v = (torch.randn(n, h, width, device=DEVICE).bfloat16() for n, h in ((tokens, heads), (keys, 1), (keys, 1)))
+    do = torch.randn(tokens, heads, width, device=DEVICE).abs().bfloat16()
+    shift, delta = torch.ones(tokens, heads, device=DEVICE), torch.zeros(tokens, heads, device=DEVICE)
+    bounds = [torch.full((keys,), x, dtype=torch.int32, device=DEVICE) for x in (0, tokens)]
+    exact = torch.zeros(keys, width, dtype=torch.float64, device=DEVICE)
+    for chunk in range(0, tokens, 4096):
+        rows = slice(chunk, chunk + 4096)
+        p = (q[rows].double() @ k[:, 0].double().T * SCALE - 1).exp()
+        exact += torch.einsum("thm,thd->md", p, do[rows].double())
+
+    def loss(rows_a_sum: int) -> float:
+        arguments = (q, k, v, do, shift, delta, *bounds, SCALE)
+        dv = interval_attention_backward_dkv(*arguments, splits=1, rows_a_sum=rows_a_sum, hopper=hopper)[1]
+        return float((1 - dv[:, 0].double() / exact).mean())
+
+    assert abs(loss(ROWS_A_SUM)) < 1e-3
+    assert loss(tokens * heads) > 3e-3
 
 
 @pytest.mark.parametrize("drifting", [False, True], ids=["random", "drifting"])
