@@ -37,8 +37,8 @@ from .forward import key_ranges
 # Programs that keep a large GPU busy; with fewer key tiles than this the query range of each is split.
 _WANTED_PROGRAMS = 1024
 _MOST_SPLITS = 16
-# Query rows that matrix units add up before the sum goes to memory. They round every sum of 16 rows toward zero: by 2^-24 of it in
-# the mean, which over the 8 million rows of a group of 16 heads at 512k tokens comes to 1.5%; over this many to 0.05%.
+# Query rows that matrix units add up before the sum goes to memory. They round toward zero at every step of 16 rows, by 2^-24 in
+# the mean: over the 8 million rows of a group of 16 heads at 512k tokens that comes to 1.5%, over this many to 0.05%.
 ROWS_A_SUM = 1 << 18
 
 
@@ -294,7 +294,7 @@ def interval_attention_backward_dkv_kernel(
     q_end = tl.load(q_end_ptr + key)
     first, last = _query_tiles(q_begin, q_end, split, splits, TOKENS)
     out = (split.to(tl.int64) * num_keys + offset) * GROUPS + group
-    # Sums are taken from the matrix units and added up in memory piece by piece, see ROWS_A_SUM; once even where there are no rows.
+    # Sums are taken from the matrix units piece by piece, see ROWS_A_SUM; once even where there are no rows.
     for start in tl.range(first, tl.maximum(last, first + 1), SEGMENT):
         dk, dk_tail = zeros_wide(KEYS, DK_HEAD, DK_TAIL)
         dv, dv_tail = zeros_wide(KEYS, DV_HEAD, DV_TAIL)
@@ -407,7 +407,8 @@ def interval_attention_backward_dkv(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dk [M, G, Dk] and dv [M, G, Dv] of :func:`interval_attention_backward`, whose arguments these are.
 
-    ``rows_a_sum``: see ROWS_A_SUM. ``hopper``: let ``hopper_backward.py`` do it where it can, unless ``config`` or ``bulk`` is given.
+    ``rows_a_sum``: see ROWS_A_SUM. ``hopper``: let ``hopper_backward.py`` do it where it can, unless ``config`` or ``bulk`` is
+    given.
     """
     (tokens, num_heads, dk_width), (num_keys, groups, dv_width) = q.shape, v.shape
     heads = check_heads(num_heads, groups)
