@@ -150,9 +150,11 @@ def _language(scale: str, corpus: Corpus) -> Study:
         (Claim(metric="trailing_loss", margin=0.005, relative=True, higher_is_better=False),),
     )
     if scale == "full":
-        task = LanguageTask(corpus=corpus, stage=Stage(2400, 2, 8192), valid_batches=16, test_batches=64)
-        model = ModelSettings(vocab_size=256, num_layers=4, hidden_size=256, ffn_hidden_size=704, rotary=rotary, nsa=_NSA)
-        train = TrainSettings(warmup_steps=200, weight_decay=0.1, betas=(0.9, 0.95), eval_every=300)
+        task = LanguageTask(corpus=corpus, stage=Stage(1600, 2, 8192), valid_batches=16, test_batches=64)
+        model = ModelSettings(
+            vocab_size=256, num_layers=4, hidden_size=256, ffn_hidden_size=704, shift=True, rotary=rotary, nsa=_NSA
+        )  # fmt: skip
+        train = TrainSettings(warmup_steps=150, weight_decay=0.1, betas=(0.9, 0.95), eval_every=200)
     else:
         mini = scale == "mini"
         stage = Stage(300, 8, 1024) if mini else Stage(6, 2, 256)
