@@ -32,6 +32,54 @@ class Branch(NamedTuple):
     delta: torch.Tensor
 
 
+class _Task(NamedTuple):
+    """What every way to dq takes, as in :func:`query_gradients`; ``dq`` is written.
+
+    Args:
+        branches: window, compressed tokens, selected.
+        ranges: begin and end in the window, begin and end of compressed tokens.
+        blocks: None where the selected branch adds nothing.
+    """
+
+    q: torch.Tensor
+    do: torch.Tensor
+    branches: tuple[Branch, Branch, Branch]
+    ranges: tuple[torch.Tensor, ...]
+    blocks: torch.Tensor | None
+    position: torch.Tensor
+    key_start: torch.Tensor
+    block_size: int
+    scale: float
+    dq: torch.Tensor
+
+    @property
+    def heads(self) -> int:
+        """Query heads of a group."""
+        return self.q.shape[1] // self.branches[0].k.shape[1]
+
+    @property
+    def keys(self) -> list[torch.Tensor]:
+        """k and v, branch by branch."""
+        return [x for branch in self.branches for x in (branch.k, branch.v)]
+
+    def without_blocks(self, groups: slice, rows: slice) -> _Task:
+        """Window and compressed tokens alone, of some groups and query rows, for a new float32 dq."""
+        heads = by_block.heads_of(groups, self.heads)
+        q = self.q[rows, heads]
+        return self._replace(
+            q=q,
+            do=self.do[rows, heads],
+            branches=tuple(
+                Branch(b.k[:, groups], b.v[:, groups], b.shift[rows, heads], b.delta[rows, heads]) for b in self.branches
+            ),
+            ranges=tuple(x[rows] for x in self.ranges),
+            blocks=None,
+            position=self.position[rows],
+            key_start=self.key_start[rows],
+            dq=torch.empty(q.shape, dtype=torch.float32, device=q.device),
+        )
+
+
 @triton.jit(do_not_specialize=["num_tokens", "num_keys"])
 def query_gradients_kernel(
     q_ptr, do_ptr, dq_ptr,
@@ -89,7 +137,7 @@ def query_gradients(
     selected: Branch,
     window_range: tuple[torch.Tensor, torch.Tensor],
     compressed_range: tuple[torch.Tensor, torch.Tensor],
-    blocks: torch.Tensor | None,
+    blocks: torch.Tensor,
     position: torch.Tensor,
     key_start: torch.Tensor,
     block_size: int,
@@ -108,8 +156,7 @@ def query_gradients(
         do: [T, N, Dv], upstream gradient of the gated sum.
         window, compressed, selected: what the branches attend to, and their statistics.
         window_range, compressed_range: int32 [T] each, begin and end of the rows that a query sees, half open.
-        blocks, position, key_start, block_size: as in the forward of selected attention; without ``blocks`` its branch adds
-            nothing.
+        blocks, position, key_start, block_size: as in the forward of selected attention.
         scale: positive factor of the scores.
         lists: as in the forward of selected attention.
         out: [T, N, Dk] to write to, channels contiguous, in place of a new tensor.
@@ -123,85 +170,82 @@ def query_gradients(
     Raises:
         ValueError: the heads do not divide over the groups, the scale is not positive, or heads are wider than supported.
     """
-    (tokens, num_heads, dk), (num_keys, groups, dv) = q.shape, selected.v.shape
-    heads = check_heads(num_heads, groups)
+    heads = check_heads(q.shape[1], selected.v.shape[1])
     if scale <= 0:
         raise ValueError(f"scale = {scale} must be positive")
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     if dq.shape != q.shape or dq.stride(-1) != 1:
         raise ValueError(f"out {tuple(dq.shape)} must have the shape {tuple(q.shape)} of q and contiguous channels")
-    if tokens == 0:
+    if len(q) == 0:
         return dq
-    q, do = channels_last(q), channels_last(do)
-    branches = (window, compressed, selected)
-    few = heads <= by_block.MOST_HEADS_DQ and lists is not None and config is None and bulk is None
-    if few and blocks is not None and by_block.fits(block_size, selected.k, selected.v):
-        tables = (position, key_start, *lists)
-        _selected_by_block(q, do, branches, window_range, compressed_range, blocks, tables, block_size, scale, dq)
-        return dq
-    if hopper and blocks is not None and config is None and bulk is None and on_hopper(q.device):
-        from . import hopper as kernel
+    branches, ranges = (window, compressed, selected), (*window_range, *compressed_range)
+    task = _Task(channels_last(q), channels_last(do), branches, ranges, blocks, position, key_start, block_size, scale, dq)
+    # ``config`` and ``bulk`` are settings of the unions' kernel.
+    any_way = config is None and bulk is None
+    few = heads <= by_block.MOST_HEADS_DQ and lists is not None
+    if any_way and few and by_block.fits(block_size, selected.k, selected.v):
+        _by_block(task, *lists)
+    elif any_way and hopper and _suits_hopper(task):
+        _on_hopper(task)
+    else:
+        _by_unions(task, config, bulk)
+    return dq
 
-        keys = [x for branch in branches for x in (branch.k, branch.v)]
-        if kernel.takes(q, do, keys, block_size):
-            statistics = [x.contiguous() for branch in branches for x in (branch.shift, branch.delta)]
-            ranges = (*window_range, *compressed_range)
-            kernel.query_gradients(q, do, keys, statistics, ranges, blocks, position, key_start, scale, dq)
-            return dq
+
+def _by_block(task: _Task, block_start: torch.Tensor, block_base: torch.Tensor) -> None:
+    """The selected branch block by block; pass by pass, what it adds to is by unions of no blocks."""
+
+    def base_of(groups: slice, rows: slice) -> torch.Tensor:
+        base = task.without_blocks(groups, rows)
+        _by_unions(base)
+        return base.dq
+
+    tables = (task.blocks, task.position, task.key_start, block_start, block_base, task.block_size)
+    k, v, *statistics = task.branches[2]
+    by_block.query_gradients(task.q, k, v, task.do, *statistics, *tables, task.scale, task.dq, base_of=base_of)
+
+
+def _suits_hopper(task: _Task) -> bool:
+    if not on_hopper(task.q.device):
+        return False
+    from . import hopper
+
+    return hopper.takes(task.q, task.do, task.keys, task.block_size)
+
+
+def _on_hopper(task: _Task) -> None:
+    """By unions, on the kernel of ``hopper.py``."""
+    from . import hopper
+
+    statistics = [x.contiguous() for branch in task.branches for x in (branch.shift, branch.delta)]
+    tables = (task.blocks, task.position, task.key_start)
+    hopper.query_gradients(task.q, task.do, task.keys, statistics, task.ranges, *tables, task.scale, task.dq)
+
+
+def _by_unions(task: _Task, config: TileConfig | None = None, bulk: bool | None = None) -> None:
+    """The selected branch over the union of the blocks that the tokens of a query tile chose."""
+    q, do, branches, ranges, blocks, position, key_start, block_size, scale, dq = task
+    (tokens, _, dk), (num_keys, groups, dv), heads = q.shape, branches[2].v.shape, task.heads
     config = config or tile_config("query_gradients", q.dtype, q.device, heads, max(dk, dv))
     if blocks is None:
         unions = no_unions(tokens, groups, config.tokens(heads), q.device)
     else:
         unions = build_unions(blocks, position, key_start, block_size, config.tokens(heads))
     keys, parts = block_steps(block_size, config.keys)
-    pairs = [(channels_last(branch.k), channels_last(branch.v)) for branch in branches]
-    bulk = copies_in_bulk(*(x for pair in pairs for x in pair)) if bulk is None else bulk
+    branches = [Branch(channels_last(k), channels_last(v), s.contiguous(), d.contiguous()) for k, v, s, d in branches]
+    key_tensors = [x for branch in branches for x in branch[:2]]
+    bulk = copies_in_bulk(*key_tensors) if bulk is None else bulk
     steps = (config.keys, config.keys, keys)
     arguments = [
         argument
-        for (k, v), branch, step in zip(pairs, branches, steps, strict=True)
-        for argument in (*key_arguments(k, v, step, bulk), branch.shift.contiguous(), branch.delta.contiguous())
+        for (k, v, shift, delta), step in zip(branches, steps, strict=True)
+        for argument in (*key_arguments(k, v, step, bulk), shift, delta)
     ]
     query_gradients_kernel[(unions.counts.shape[0] * groups,)](
-        q, do, dq, *arguments, *window_range, *compressed_range, unions.entries, unions.counts, position, key_start,
-        *q.stride()[:2], *do.stride()[:2], *dq.stride()[:2], *(s for pair in pairs for x in pair for s in x.stride()[:2]),
+        q, do, dq, *arguments, *ranges, unions.entries, unions.counts, position, key_start,
+        *q.stride()[:2], *do.stride()[:2], *dq.stride()[:2], *(s for x in key_tensors for s in x.stride()[:2]),
         tokens, num_keys, scale, scale * LOG2_E.value,
         ENTRIES=unions.entries.shape[-1], BLOCK=block_size, BLOCK_KEYS=keys, PARTS=parts, KEYS=config.keys,
         TOKENS=unions.tile_tokens, ROWS=config.rows, BULK=bulk, BLOCK_BULK=bulk and keys * parts == block_size,
         **widths(groups, heads, dk, dv), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return dq
-
-
-def _selected_by_block(
-    q: torch.Tensor,
-    do: torch.Tensor,
-    branches: tuple[Branch, Branch, Branch],
-    window_range: tuple[torch.Tensor, torch.Tensor],
-    compressed_range: tuple[torch.Tensor, torch.Tensor],
-    blocks: torch.Tensor,
-    tables: tuple[torch.Tensor, ...],
-    block_size: int,
-    scale: float,
-    dq: torch.Tensor,
-) -> None:
-    """The same with the selected branch block by block: window and compressed tokens first, in float32, then its parts.
-
-    Args:
-        tables: position, key_start, block_start, block_base.
-    """
-    heads = q.shape[1] // blocks.shape[1]
-    position, key_start = tables[:2]
-    selected = branches[2]
-
-    def base_of(groups: slice, rows: slice) -> torch.Tensor:
-        mine = by_block.heads_of(groups, heads)
-        own_q, own_do = q[rows, mine], do[rows, mine]
-        parts = (Branch(b.k[:, groups], b.v[:, groups], b.shift[rows, mine], b.delta[rows, mine]) for b in branches)
-        ranges = (tuple(x[rows] for x in ends) for ends in (window_range, compressed_range))
-        base = torch.empty(own_q.shape, dtype=torch.float32, device=q.device)
-        return query_gradients(own_q, own_do, *parts, *ranges, None, position[rows], key_start[rows], block_size, scale, out=base)
-
-    by_block.query_gradients(
-        q, selected.k, selected.v, do, selected.shift, selected.delta, blocks, *tables, block_size, scale, dq, base_of=base_of
-    )
