@@ -19,7 +19,7 @@ from ..interval_attention.backward import add_interval_dq, query_tile, store_dq
 from ..selected_attention import by_block
 from ..selected_attention.backward import add_selected_dq
 from ..selected_attention.forward import block_steps
-from ..selected_attention.unions import build_unions, no_unions
+from ..selected_attention.unions import Selection, build_unions
 from ..tuning import TileConfig, tile_config
 
 
@@ -38,17 +38,13 @@ class _Task(NamedTuple):
     Args:
         branches: window, compressed tokens, selected.
         ranges: begin and end in the window, begin and end of compressed tokens.
-        blocks: None where the selected branch adds nothing.
     """
 
     q: torch.Tensor
     do: torch.Tensor
     branches: tuple[Branch, Branch, Branch]
     ranges: tuple[torch.Tensor, ...]
-    blocks: torch.Tensor | None
-    position: torch.Tensor
-    key_start: torch.Tensor
-    block_size: int
+    selection: Selection
     scale: float
     dq: torch.Tensor
 
@@ -64,7 +60,7 @@ class _Task(NamedTuple):
 
     def without_blocks(self, groups: slice, rows: slice) -> _Task:
         """Window and compressed tokens alone, of some groups and query rows, for a new float32 dq."""
-        heads = by_block.heads_of(groups, self.heads)
+        heads, selection = by_block.heads_of(groups, self.heads), self.selection.of(groups, rows)
         q = self.q[rows, heads]
         return self._replace(
             q=q,
@@ -73,9 +69,7 @@ class _Task(NamedTuple):
                 Branch(b.k[:, groups], b.v[:, groups], b.shift[rows, heads], b.delta[rows, heads]) for b in self.branches
             ),
             ranges=tuple(x[rows] for x in self.ranges),
-            blocks=None,
-            position=self.position[rows],
-            key_start=self.key_start[rows],
+            selection=selection._replace(blocks=selection.blocks[..., :0]),
             dq=torch.empty(q.shape, dtype=torch.float32, device=q.device),
         )
 
@@ -137,13 +131,9 @@ def query_gradients(
     selected: Branch,
     window_range: tuple[torch.Tensor, torch.Tensor],
     compressed_range: tuple[torch.Tensor, torch.Tensor],
-    blocks: torch.Tensor,
-    position: torch.Tensor,
-    key_start: torch.Tensor,
-    block_size: int,
+    selection: Selection,
     scale: float,
     *,
-    lists: tuple[torch.Tensor, torch.Tensor] | None = None,
     out: torch.Tensor | None = None,
     config: TileConfig | None = None,
     bulk: bool | None = None,
@@ -156,9 +146,8 @@ def query_gradients(
         do: [T, N, Dv], upstream gradient of the gated sum.
         window, compressed, selected: what the branches attend to, and their statistics.
         window_range, compressed_range: int32 [T] each, begin and end of the rows that a query sees, half open.
-        blocks, position, key_start, block_size: as in the forward of selected attention.
+        selection: the blocks that each query chose.
         scale: positive factor of the scores.
-        lists: as in the forward of selected attention.
         out: [T, N, Dk] to write to, channels contiguous, in place of a new tensor.
         config: tile shape instead of the table's.
         bulk: fetch keys and values by the copy engine, instead of where it can.
@@ -179,12 +168,11 @@ def query_gradients(
     if len(q) == 0:
         return dq
     branches, ranges = (window, compressed, selected), (*window_range, *compressed_range)
-    task = _Task(channels_last(q), channels_last(do), branches, ranges, blocks, position, key_start, block_size, scale, dq)
+    task = _Task(channels_last(q), channels_last(do), branches, ranges, selection, scale, dq)
     # ``config`` and ``bulk`` are settings of the unions' kernel.
     any_way = config is None and bulk is None
-    few = heads <= by_block.MOST_HEADS_DQ and lists is not None
-    if any_way and few and by_block.fits(block_size, selected.k, selected.v):
-        _by_block(task, *lists)
+    if any_way and heads <= by_block.MOST_HEADS_DQ and by_block.fits(selection.block_size, selected.k, selected.v):
+        _by_block(task)
     elif any_way and hopper and _suits_hopper(task):
         _on_hopper(task)
     else:
@@ -192,7 +180,7 @@ def query_gradients(
     return dq
 
 
-def _by_block(task: _Task, block_start: torch.Tensor, block_base: torch.Tensor) -> None:
+def _by_block(task: _Task) -> None:
     """The selected branch block by block; pass by pass, what it adds to is by unions of no blocks."""
 
     def base_of(groups: slice, rows: slice) -> torch.Tensor:
@@ -200,9 +188,8 @@ def _by_block(task: _Task, block_start: torch.Tensor, block_base: torch.Tensor) 
         _by_unions(base)
         return base.dq
 
-    tables = (task.blocks, task.position, task.key_start, block_start, block_base, task.block_size)
     k, v, *statistics = task.branches[2]
-    by_block.query_gradients(task.q, k, v, task.do, *statistics, *tables, task.scale, task.dq, base_of=base_of)
+    by_block.query_gradients(task.q, k, v, task.do, *statistics, task.selection, task.scale, task.dq, base_of=base_of)
 
 
 def _suits_hopper(task: _Task) -> bool:
@@ -210,7 +197,7 @@ def _suits_hopper(task: _Task) -> bool:
         return False
     from . import hopper
 
-    return hopper.takes(task.q, task.do, task.keys, task.block_size)
+    return hopper.takes(task.q, task.do, task.keys, task.selection.block_size)
 
 
 def _on_hopper(task: _Task) -> None:
@@ -218,19 +205,16 @@ def _on_hopper(task: _Task) -> None:
     from . import hopper
 
     statistics = [x.contiguous() for branch in task.branches for x in (branch.shift, branch.delta)]
-    tables = (task.blocks, task.position, task.key_start)
-    hopper.query_gradients(task.q, task.do, task.keys, statistics, task.ranges, *tables, task.scale, task.dq)
+    hopper.query_gradients(task.q, task.do, task.keys, statistics, task.ranges, task.selection, task.scale, task.dq)
 
 
 def _by_unions(task: _Task, config: TileConfig | None = None, bulk: bool | None = None) -> None:
     """The selected branch over the union of the blocks that the tokens of a query tile chose."""
-    q, do, branches, ranges, blocks, position, key_start, block_size, scale, dq = task
+    q, do, branches, ranges, selection, scale, dq = task
     (tokens, _, dk), (num_keys, groups, dv), heads = q.shape, branches[2].v.shape, task.heads
     config = config or tile_config("query_gradients", q.dtype, q.device, heads, max(dk, dv))
-    if blocks is None:
-        unions = no_unions(tokens, groups, config.tokens(heads), q.device)
-    else:
-        unions = build_unions(blocks, position, key_start, block_size, config.tokens(heads))
+    unions = build_unions(selection, config.tokens(heads))
+    block_size = selection.block_size
     keys, parts = block_steps(block_size, config.keys)
     branches = [Branch(channels_last(k), channels_last(v), s.contiguous(), d.contiguous()) for k, v, s, d in branches]
     key_tensors = [x for branch in branches for x in branch[:2]]
@@ -242,7 +226,7 @@ def _by_unions(task: _Task, config: TileConfig | None = None, bulk: bool | None 
         for argument in (*key_arguments(k, v, step, bulk), shift, delta)
     ]
     query_gradients_kernel[(unions.counts.shape[0] * groups,)](
-        q, do, dq, *arguments, *ranges, unions.entries, unions.counts, position, key_start,
+        q, do, dq, *arguments, *ranges, unions.entries, unions.counts, selection.position, selection.key_start,
         *q.stride()[:2], *do.stride()[:2], *dq.stride()[:2], *(s for x in key_tensors for s in x.stride()[:2]),
         tokens, num_keys, scale, scale * LOG2_E.value,
         ENTRIES=unions.entries.shape[-1], BLOCK=block_size, BLOCK_KEYS=keys, PARTS=parts, KEYS=config.keys,

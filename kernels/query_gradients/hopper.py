@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..common import INT_MAX, LOG2_E, split_width
 from ..hopper import fetchable, tiles
 from ..rings import again, fetch_tile, make_barriers
-from ..selected_attention.unions import build_unions
+from ..selected_attention.unions import Selection, build_unions
 
 # Triton 3.7 renamed it.
 thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -339,9 +339,7 @@ def query_gradients(
     keys: list[torch.Tensor],
     statistics: list[torch.Tensor],
     ranges: tuple[torch.Tensor, ...],
-    blocks: torch.Tensor,
-    position: torch.Tensor,
-    key_start: torch.Tensor,
+    selection: Selection,
     scale: float,
     dq: torch.Tensor,
 ) -> None:
@@ -356,7 +354,7 @@ def query_gradients(
     heads = num_heads // groups
     head, tail = split_width(dk)
     tile_tokens = ROWS.value // heads
-    unions = build_unions(blocks, position, key_start, KEYS.value, WARP_GROUPS.value * tile_tokens)
+    unions = build_unions(selection, WARP_GROUPS.value * tile_tokens)
 
     def pair_tiles(x: torch.Tensor, y: torch.Tensor, rows: int, heads: int) -> list[object]:
         """Tiles of q and do, or of k and v; without a tail its place holds the head's."""
@@ -366,7 +364,7 @@ def query_gradients(
         *pair_tiles(q, do, tile_tokens, heads),
         *(part for branch in range(3) for part in pair_tiles(*keys[2 * branch : 2 * branch + 2], KEYS.value, 1)),
         dq, *dq.stride()[:2], *statistics, *ranges,
-        unions.entries, unions.counts, position, key_start, tokens, scale, scale * LOG2_E.value,
+        unions.entries, unions.counts, selection.position, selection.key_start, tokens, scale, scale * LOG2_E.value,
         GROUPS=groups, HEADS=heads, DK_HEAD=head, DK_TAIL=tail, DV=dv,
         TOKENS=tile_tokens, ENTRIES=unions.entries.shape[-1], STAGES=_SLOTS, num_warps=4,
     )  # fmt: skip

@@ -39,7 +39,7 @@ from ..interval_attention.backward import (
 from ..tuning import TileConfig, tile_config
 from . import by_block
 from .forward import block_steps, entry_keys, entry_row, load_entry, union_steps
-from .unions import Visitors, build_unions, find_visitors
+from .unions import Selection, Visitors, build_unions, find_visitors
 
 # Bytes of partial sums held at once: the groups are taken in as many passes as that needs.
 _WORKSPACE_BYTES = 256 << 20
@@ -286,12 +286,7 @@ def selected_attention_backward(
     do: torch.Tensor,
     shift: torch.Tensor,
     delta: torch.Tensor,
-    blocks: torch.Tensor,
-    position: torch.Tensor,
-    key_start: torch.Tensor,
-    block_start: torch.Tensor,
-    block_base: torch.Tensor,
-    block_size: int,
+    selection: Selection,
     scale: float,
     *,
     dq_config: TileConfig | None = None,
@@ -303,12 +298,9 @@ def selected_attention_backward(
     """Gradients of :func:`..forward.selected_attention_forward`.
 
     Args:
-        q, k, v, blocks, position, key_start, block_size, scale: as in the forward. Query rows of one document stand in
-            ascending position.
+        q, k, v, selection, scale: as in the forward.
         do: [T, N, Dv], upstream gradient without the gate.
         shift, delta: float32 [T, N], as in the backward of interval attention.
-        block_start: int32 [NB], key row at which each block of each document starts, ascending.
-        block_base: int32 [T], number (in ``block_start``) of the first block of the query's document.
         dq_config, dkv_config: tile shapes instead of the table's.
         chunk: most queries of one work item.
         workspace_bytes: budget of the partial sums of split lists; the groups are taken in as many passes as it needs.
@@ -320,24 +312,22 @@ def selected_attention_backward(
     Raises:
         ValueError: as the forward.
     """
-    (tokens, num_heads, dk_width), (num_keys, groups, dv_width) = q.shape, v.shape
-    heads = check_heads(num_heads, groups)
+    heads = check_heads(q.shape[1], v.shape[1])
     if scale <= 0:
         raise ValueError(f"scale = {scale} must be positive")
     dq = torch.empty(q.shape, dtype=torch.float32, device=q.device)
-    if tokens == 0:
+    if len(q) == 0:
         return dq, dq.new_zeros(k.shape), dq.new_zeros(v.shape)
     q, k, v, do = channels_last(q), channels_last(k), channels_last(v), channels_last(do)
-    if dq_config is None and bulk is None and heads <= by_block.MOST_HEADS_DQ and by_block.fits(block_size, k, v):
-        lists = (position, key_start, block_start, block_base)
-        by_block.query_gradients(q, k, v, do, shift, delta, blocks, *lists, block_size, scale, dq)
+    few = heads <= by_block.MOST_HEADS_DQ and by_block.fits(selection.block_size, k, v)
+    if dq_config is None and bulk is None and few:
+        by_block.query_gradients(q, k, v, do, shift, delta, selection, scale, dq)
     else:
-        _query_gradients(q, k, v, do, shift, delta, blocks, position, key_start, block_size, scale, dq, dq_config, bulk)
-    visitors = find_visitors(blocks, block_base, block_start.shape[0], chunk)
+        _query_gradients(q, k, v, do, shift, delta, selection, scale, dq, dq_config, bulk)
+    visitors = find_visitors(selection, chunk)
     dk, dv = selected_attention_backward_dkv(
-        q, k, v, do, shift, delta, visitors, position, key_start, block_start, block_size, scale,
-        config=dkv_config, workspace_bytes=workspace_bytes,
-    )  # fmt: skip
+        q, k, v, do, shift, delta, selection, visitors, scale, config=dkv_config, workspace_bytes=workspace_bytes
+    )
     return dq, dk, dv
 
 
@@ -348,10 +338,7 @@ def _query_gradients(
     do: torch.Tensor,
     shift: torch.Tensor,
     delta: torch.Tensor,
-    blocks: torch.Tensor,
-    position: torch.Tensor,
-    key_start: torch.Tensor,
-    block_size: int,
+    selection: Selection,
     scale: float,
     dq: torch.Tensor,
     config: TileConfig | None,
@@ -361,12 +348,13 @@ def _query_gradients(
     (tokens, num_heads, dk_width), (num_keys, groups, dv_width) = q.shape, v.shape
     heads = num_heads // groups
     config = config or tile_config("selected_dq", q.dtype, q.device, heads, max(dk_width, dv_width))
-    unions = build_unions(blocks, position, key_start, block_size, config.tokens(heads))
+    unions = build_unions(selection, config.tokens(heads))
+    block_size = selection.block_size
     keys, parts = block_steps(block_size, config.keys)
     bulk = keys * parts == block_size and (copies_in_bulk(k, v) if bulk is None else bulk)
     selected_attention_backward_dq_kernel[(unions.counts.shape[0] * groups,)](
         q, do, dq, *key_arguments(k, v, keys, bulk), shift.contiguous(), delta.contiguous(),
-        unions.entries, unions.counts, position, key_start,
+        unions.entries, unions.counts, selection.position, selection.key_start,
         *q.stride()[:2], *do.stride()[:2], *dq.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         tokens, num_keys, scale, scale * LOG2_E.value,
         ENTRIES=unions.entries.shape[-1], BLOCK=block_size, KEYS=keys, PARTS=parts, TOKENS=unions.tile_tokens,
@@ -382,11 +370,8 @@ def selected_attention_backward_dkv(
     do: torch.Tensor,
     shift: torch.Tensor,
     delta: torch.Tensor,
+    selection: Selection,
     visitors: Visitors,
-    position: torch.Tensor,
-    key_start: torch.Tensor,
-    block_start: torch.Tensor,
-    block_size: int,
     scale: float,
     *,
     base_group: int = 0,
@@ -397,6 +382,7 @@ def selected_attention_backward_dkv(
     """dk [S, G, Dk] and dv [S, G, Dv] of :func:`selected_attention_backward`, float32.
 
     Args:
+        selection: as in the forward; its blocks are not read.
         visitors: the queries of each block, of these G groups or of more.
         base_group: number, among the groups of ``visitors``, of the first group here.
         hopper: let ``hopper_backward.py`` do it where it can, unless ``config`` is given.
@@ -409,7 +395,7 @@ def selected_attention_backward_dkv(
     if tokens == 0:
         return dk, dv
     q, k, v, do = channels_last(q), channels_last(k), channels_last(v), channels_last(do)
-    shift, delta = shift.contiguous(), delta.contiguous()
+    shift, delta, block_size = shift.contiguous(), delta.contiguous(), selection.block_size
     hopper = hopper and config is None and on_hopper(q.device)
     if hopper:
         from . import hopper_backward
@@ -418,23 +404,24 @@ def selected_attention_backward_dkv(
     config = config or tile_config("selected_dkv", q.dtype, q.device, heads, max(dk_width, dv_width))
     keys, parts = (block_size, 1) if hopper else block_steps(block_size, config.keys)
     passes, dk_parts, dv_parts = _plan_passes(visitors, groups, keys * parts, dk_width, dv_width, workspace_bytes)
-    tables = (block_start, position, key_start)
     for start, stop in passes:
         first, last = base_group + start, base_group + stop
         outputs = (dk, dv, dk_parts, dv_parts)
         if hopper:
-            hopper_backward.launch_items(q, k, v, do, shift, delta, outputs, visitors, tables, (first, last, base_group), scale)
+            groups_taken = (first, last, base_group)
+            hopper_backward.launch_items(q, k, v, do, shift, delta, outputs, selection, visitors, groups_taken, scale)
         else:
             selected_attention_backward_dkv_kernel[((last - first) * visitors.items_per_group * parts,)](
                 q, do, k, v, shift, delta, *outputs,
                 visitors.queries, visitors.offsets, visitors.item_offsets, visitors.slot_offsets, visitors.item_lists,
-                *tables, *q.stride()[:2], *do.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+                selection.block_start, selection.position, selection.key_start,
+                *q.stride()[:2], *do.stride()[:2], *k.stride()[:2], *v.stride()[:2],
                 num_keys, visitors.num_blocks, visitors.chunk, first, last, base_group, scale, scale * LOG2_E.value,
                 BLOCK=block_size, KEYS=keys, PARTS=parts, TOKENS=config.tokens(heads), ROWS=config.rows,
                 **widths(groups, heads, dk_width, dv_width), num_warps=config.num_warps, num_stages=config.num_stages,
             )  # fmt: skip
         selected_attention_backward_add_kernel[((last - first) * visitors.num_blocks * (keys * parts // 16),)](
-            dk, dv, dk_parts, dv_parts, visitors.item_offsets, visitors.slot_offsets, block_start,
+            dk, dv, dk_parts, dv_parts, visitors.item_offsets, visitors.slot_offsets, selection.block_start,
             num_keys, visitors.num_blocks, first, base_group,
             GROUPS=groups, DK=dk_width, DK_PADDED=triton.next_power_of_2(dk_width), DV=dv_width,
             DV_PADDED=triton.next_power_of_2(dv_width), BLOCK=block_size, SLOT_ROWS=keys * parts, ROWS=16,

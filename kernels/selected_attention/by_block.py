@@ -32,7 +32,7 @@ from ..common import (
 )
 from ..interval_attention.backward import add_score_gradients, load_queries, score_gradients
 from ..tuning import TileConfig, tile_config
-from .unions import Visitors, find_visitors
+from .unions import Selection, Visitors, find_visitors
 
 # Query heads of a group up to which this way is the faster one (docs/kernels.md): of the forward, and of dq, whose parts are
 # float32, twice as long.
@@ -309,12 +309,7 @@ def selected_attention_forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    blocks: torch.Tensor,
-    position: torch.Tensor,
-    key_start: torch.Tensor,
-    block_start: torch.Tensor,
-    block_base: torch.Tensor,
-    block_size: int,
+    selection: Selection,
     scale: float,
     out: torch.Tensor,
     lse: torch.Tensor,
@@ -325,12 +320,10 @@ def selected_attention_forward(
     """As :func:`.forward.selected_attention_forward`, where :func:`fits`; ``out`` and ``lse`` are written.
 
     Args:
-        block_start, block_base: as in the backward of selected attention, and as there query rows of one document stand in
-            ascending position.
         config: tile shape instead of the table's.
         chunk: most queries of a work item.
     """
-    (tokens, num_heads, dk), (num_keys, num_groups, dv), picks = q.shape, v.shape, blocks.shape[2]
+    (tokens, num_heads, dk), (num_keys, num_groups, dv), picks = q.shape, v.shape, selection.blocks.shape[2]
     heads = check_heads(num_heads, num_groups)
     q, k, v = channels_last(q), channels_last(k), channels_last(v)
     config = config or tile_config("by_block_forward", q.dtype, q.device, heads, max(dk, dv))
@@ -338,22 +331,22 @@ def selected_attention_forward(
     for some, rows in passes(tokens, num_groups, heads * picks * (dv * q.itemsize + 4)):
         groups, count = some.stop - some.start, rows.stop - rows.start
         mine = heads_of(some, heads)
-        chosen, own_q, own_out, own_lse = blocks[rows, some], q[rows, mine], out[rows, mine], lse[rows, mine]
-        visitors = find_visitors(chosen, block_base[rows], block_start.shape[0], chunk, places=True)
+        chosen, own_q, own_out, own_lse = selection.of(some, rows), q[rows, mine], out[rows, mine], lse[rows, mine]
+        visitors = find_visitors(chosen, chunk, places=True)
         if lse_parts.numel() == 0:
             # The first pass is the largest, and the others use its workspace.
             out_parts = torch.empty(count * picks * groups * heads, dv, dtype=q.dtype, device=q.device)
             lse_parts = torch.empty(count * picks * groups * heads, dtype=torch.float32, device=q.device)
         attend_by_block_kernel[(groups * visitors.items_per_group,)](
-            own_q, k[:, some], v[:, some], out_parts, lse_parts, *_lists(visitors), block_start, position[rows], key_start[rows],
+            own_q, k[:, some], v[:, some], out_parts, lse_parts, *_tables(visitors, chosen),
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
             num_keys, visitors.num_blocks, visitors.chunk, scale * LOG2_E.value,
-            PICKS=picks, **_shape(block_size, config, heads), **widths(groups, heads, dk, dv),
+            PICKS=picks, **_shape(selection.block_size, config, heads), **widths(groups, heads, dk, dv),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         merge_parts_kernel[(triton.cdiv(count * groups * heads, _MERGED_ROWS),)](
-            out_parts, lse_parts, chosen, own_out, own_lse,
-            *out.stride()[:2], lse.stride(0), *chosen.stride(), count * groups * heads,
+            out_parts, lse_parts, chosen.blocks, own_out, own_lse,
+            *out.stride()[:2], lse.stride(0), *chosen.blocks.stride(), count * groups * heads,
             GROUPS=groups, HEADS=heads, PICKS=picks, PADDED_PICKS=triton.next_power_of_2(picks),
             DV=dv, DV_PADDED=triton.next_power_of_2(dv), ROWS=_MERGED_ROWS, num_warps=4,
         )  # fmt: skip
@@ -366,12 +359,7 @@ def query_gradients(
     do: torch.Tensor,
     shift: torch.Tensor,
     delta: torch.Tensor,
-    blocks: torch.Tensor,
-    position: torch.Tensor,
-    key_start: torch.Tensor,
-    block_start: torch.Tensor,
-    block_base: torch.Tensor,
-    block_size: int,
+    selection: Selection,
     scale: float,
     dq: torch.Tensor,
     *,
@@ -386,7 +374,7 @@ def query_gradients(
         base_of: what dq of some groups and some tokens starts from, float32 [tokens, heads, Dk]; asked pass by pass.
         config, chunk: as in the forward.
     """
-    (tokens, num_heads, dk), (num_keys, num_groups, dv), picks = q.shape, v.shape, blocks.shape[2]
+    (tokens, num_heads, dk), (num_keys, num_groups, dv), picks = q.shape, v.shape, selection.blocks.shape[2]
     heads = check_heads(num_heads, num_groups)
     q, k, v, do = channels_last(q), channels_last(k), channels_last(v), channels_last(do)
     config = config or tile_config("by_block_dq", q.dtype, q.device, heads, max(dk, dv))
@@ -395,21 +383,21 @@ def query_gradients(
         groups, count = some.stop - some.start, rows.stop - rows.start
         mine = heads_of(some, heads)
         base = dq[rows, mine] if base_of is None else base_of(some, rows)
-        chosen, own_dq = blocks[rows, some], dq[rows, mine]
-        visitors = find_visitors(chosen, block_base[rows], block_start.shape[0], chunk, places=True)
+        chosen, own_dq = selection.of(some, rows), dq[rows, mine]
+        visitors = find_visitors(chosen, chunk, places=True)
         if parts.numel() == 0:
             parts = torch.empty(count * picks * groups * heads, dk, dtype=torch.float32, device=q.device)
         query_gradients_by_block_kernel[(groups * visitors.items_per_group,)](
             q[rows, mine], do[rows, mine], k[:, some], v[:, some],
-            shift[rows, mine].contiguous(), delta[rows, mine].contiguous(), parts, *_lists(visitors),
-            block_start, position[rows], key_start[rows],
+            shift[rows, mine].contiguous(), delta[rows, mine].contiguous(), parts, *_tables(visitors, chosen),
             *q.stride()[:2], *do.stride()[:2], *k.stride()[:2], *v.stride()[:2],
             num_keys, visitors.num_blocks, visitors.chunk, scale * LOG2_E.value,
-            PICKS=picks, **_shape(block_size, config, heads), **widths(groups, heads, dk, dv),
+            PICKS=picks, **_shape(selection.block_size, config, heads), **widths(groups, heads, dk, dv),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         add_parts_kernel[(triton.cdiv(count * groups * heads, _MERGED_ROWS),)](
-            parts, chosen, base, own_dq, *base.stride()[:2], *dq.stride()[:2], *chosen.stride(), count * groups * heads, scale,
+            parts, chosen.blocks, base, own_dq,
+            *base.stride()[:2], *dq.stride()[:2], *chosen.blocks.stride(), count * groups * heads, scale,
             GROUPS=groups, HEADS=heads, PICKS=picks, DK=dk, DK_PADDED=triton.next_power_of_2(dk), BASE=base_of is not None,
             ROWS=_MERGED_ROWS, num_warps=4,
         )  # fmt: skip
@@ -417,9 +405,10 @@ def query_gradients(
         del base
 
 
-def _lists(visitors: Visitors) -> tuple[torch.Tensor, ...]:
+def _tables(visitors: Visitors, selection: Selection) -> tuple[torch.Tensor, ...]:
     assert visitors.places is not None
-    return visitors.places, visitors.offsets, visitors.item_offsets, visitors.item_lists
+    lists = (visitors.places, visitors.offsets, visitors.item_offsets, visitors.item_lists)
+    return *lists, selection.block_start, selection.position, selection.key_start
 
 
 def _shape(block_size: int, config: TileConfig, heads: int) -> dict[str, int]:

@@ -29,7 +29,7 @@ from ..common import (
 from ..interval_attention.forward import add_values, finish_rows
 from ..tuning import TileConfig, tile_config
 from . import by_block
-from .unions import build_unions
+from .unions import Selection, build_unions
 
 
 @triton.jit
@@ -156,13 +156,9 @@ def selected_attention_forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    blocks: torch.Tensor,
-    position: torch.Tensor,
-    key_start: torch.Tensor,
-    block_size: int,
+    selection: Selection,
     scale: float,
     *,
-    lists: tuple[torch.Tensor, torch.Tensor] | None = None,
     out: torch.Tensor | None = None,
     config: TileConfig | None = None,
     bulk: bool | None = None,
@@ -172,17 +168,12 @@ def selected_attention_forward(
     Args:
         q: [T, N, Dk]; query head h reads K/V group h // (N / G). float16, bfloat16 or float32; any strides.
         k: [S, G, Dk]. v: [S, G, Dv]. Token p of a query's document is row ``key_start[t] + p``.
-        blocks: int32 [T, G, n], block numbers within the query's document, each at most once, padded with -1.
-        position: int32 [T], position of each query in its document: it sees tokens up to and including this one.
-        key_start: int32 [T], key row at which the query's document starts.
-        block_size: l', tokens of a block.
+        selection: the blocks that each query chose.
         scale: positive factor of the scores.
-        lists: block_start and block_base of the backward. With them, groups of few heads go the way of ``by_block.py``, unless
-            ``config`` or ``bulk`` is given; blocks must then start at or before their query, and query rows of one document
-            stand in ascending position, as everywhere in the backward.
         out: [T, N, Dv] to write to, channels contiguous, in place of a new tensor.
         config: tile shape instead of the table's.
-        bulk: fetch keys and values by the copy engine, instead of where it can.
+        bulk: fetch keys and values by the copy engine, instead of where it can. Without these two settings groups of few heads
+            go the way of ``by_block.py``.
 
     Returns:
         ``out`` [T, N, Dv] in the dtype of q and ``lse`` float32 [T, N], natural logarithm; 0 and -inf where nothing is seen.
@@ -201,20 +192,21 @@ def selected_attention_forward(
     lse = torch.empty(tokens, num_heads, dtype=torch.float32, device=q.device)
     if tokens == 0:
         return out, lse
-    few = heads <= by_block.MOST_HEADS and lists is not None and config is None and bulk is None
-    if few and by_block.fits(block_size, k, v):
-        by_block.selected_attention_forward(q, k, v, blocks, position, key_start, *lists, block_size, scale, out, lse)
+    block_size = selection.block_size
+    if config is None and bulk is None and heads <= by_block.MOST_HEADS and by_block.fits(block_size, k, v):
+        by_block.selected_attention_forward(q, k, v, selection, scale, out, lse)
         return out, lse
     config = config or tile_config("selected_forward", q.dtype, q.device, heads, max(dk, dv))
     tile_tokens = config.tokens(heads)
-    unions = build_unions(blocks, position, key_start, block_size, tile_tokens)
+    unions = build_unions(selection, tile_tokens)
     q, k, v = channels_last(q), channels_last(k), channels_last(v)
     keys, parts = block_steps(block_size, config.keys)
     bulk = copies_in_bulk(k, v) if bulk is None else bulk
     # A step that is cut short by its block's end needs masked loads.
     bulk = bulk and keys * parts == block_size
     selected_attention_forward_kernel[(triton.cdiv(tokens, tile_tokens) * groups,)](
-        q, *key_arguments(k, v, keys, bulk), out, lse, unions.entries, unions.counts, position, key_start,
+        q, *key_arguments(k, v, keys, bulk), out, lse,
+        unions.entries, unions.counts, selection.position, selection.key_start,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], tokens, num_keys, scale * LOG2_E.value,
         ENTRIES=unions.entries.shape[-1], BLOCK=block_size, KEYS=keys, PARTS=parts, TOKENS=tile_tokens, ROWS=config.rows,
         BULK=bulk, **widths(groups, heads, dk, dv), num_warps=config.num_warps, num_stages=config.num_stages,

@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from ..common import LOG2_E
 from ..hopper import fetchable, tiles
 from ..rings import make_barriers
-from .unions import Visitors
+from .unions import Selection, Visitors
 
 BLOCK = gl.constexpr(64)  # keys
 ROWS = gl.constexpr(64)  # query rows of a tile
@@ -355,8 +355,8 @@ def launch_items(
     shift: torch.Tensor,
     delta: torch.Tensor,
     outputs: tuple[torch.Tensor, ...],
+    selection: Selection,
     visitors: Visitors,
-    tables: tuple[torch.Tensor, ...],
     groups: tuple[int, int, int],
     scale: float,
 ) -> None:
@@ -364,7 +364,6 @@ def launch_items(
 
     Args:
         outputs: dk, dv and the workspaces of their partial sums.
-        tables: block_start, position, key_start.
         groups: first and last of the groups of ``visitors`` to take, and the number among them of the tensors' first.
     """
     (tokens, num_heads, dk_width), (num_keys, num_groups, dv_width) = q.shape, v.shape
@@ -377,7 +376,8 @@ def launch_items(
         _token_rows(q, heads), _token_rows(do, heads), q, do, *(stride // 8 for x in (q, do) for stride in x.stride()[:2]),
         tiles(k, (BLOCK.value, 1, dk_width)), tiles(v, (BLOCK.value, 1, dv_width)),
         shift, delta, *outputs,
-        visitors.queries, visitors.offsets, visitors.item_offsets, visitors.slot_offsets, visitors.item_lists, *tables,
+        visitors.queries, visitors.offsets, visitors.item_offsets, visitors.slot_offsets, visitors.item_lists,
+        selection.block_start, selection.position, selection.key_start,
         tokens, num_keys, visitors.num_blocks, visitors.chunk, *groups, scale, scale * LOG2_E.value,
         GROUPS=num_groups, HEADS=heads, DK=dk_width, DV=dv_width, STAGES=stages, num_warps=4,
     )  # fmt: skip

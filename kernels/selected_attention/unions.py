@@ -8,12 +8,49 @@ into work items of bounded length.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from ..common import INT_MAX
+
+
+class Selection(NamedTuple):
+    """Which blocks each query chose, and where queries and blocks lie among the keys.
+
+    Args:
+        blocks: int32 [T, G, n], block numbers within the query's document, each at most once, none past the query's own, padded
+            with -1.
+        position: int32 [T], position of each query in its document, ascending over the document's query rows: it sees tokens
+            up to and including this one.
+        key_start: int32 [T], key row at which the query's document starts.
+        block_start: int32 [NB], key row at which each block of each document starts, ascending.
+        block_base: int32 [T], number (in ``block_start``) of the first block of the query's document.
+        block_size: l', tokens of a block.
+    """
+
+    blocks: torch.Tensor
+    position: torch.Tensor
+    key_start: torch.Tensor
+    block_start: torch.Tensor
+    block_base: torch.Tensor
+    block_size: int
+
+    def of(self, groups: slice, rows: slice) -> Selection:
+        """What some query rows chose in some groups."""
+        return self._replace(
+            blocks=self.blocks[rows, groups],
+            position=self.position[rows],
+            key_start=self.key_start[rows],
+            block_base=self.block_base[rows],
+        )
+
+    @property
+    def num_blocks(self) -> int:
+        """NB, blocks of all documents."""
+        return self.block_start.shape[0]
 
 
 @dataclass(frozen=True)
@@ -85,16 +122,11 @@ def build_unions_kernel(
     tl.store(counts + 1, tl.sum((stands & (start + (BLOCK - 1) <= first_query)).to(tl.int32), 0))
 
 
-def build_unions(
-    blocks: torch.Tensor, position: torch.Tensor, key_start: torch.Tensor, block_size: int, tile_tokens: int
-) -> Unions:
+def build_unions(selection: Selection, tile_tokens: int) -> Unions:
     """Sorted union of the blocks that the tokens of each tile chose, by the key row at which they start.
 
     Args:
-        blocks: int32 [T, G, n], block numbers within each query's document, each at most once, padded with -1.
-        position: int32 [T], position of each query in its document.
-        key_start: int32 [T], key row at which the query's document starts.
-        block_size: l', tokens of a block.
+        selection: what T queries chose.
         tile_tokens: tokens of a tile, at most 32.
 
     Returns:
@@ -105,26 +137,25 @@ def build_unions(
     """
     if tile_tokens > 32:
         raise ValueError(f"a tile of {tile_tokens} tokens does not fit its 32-bit masks; use at most 32")
+    blocks = selection.blocks
     tokens, groups, picks = blocks.shape
+    tiles = triton.cdiv(tokens, tile_tokens)
+    if picks == 0:
+        # Nothing to walk, but walkers load an entry ahead.
+        entries = torch.zeros(tiles, groups, 1, dtype=torch.int64, device=blocks.device)
+        return Unions(entries, torch.zeros(tiles, groups, 2, dtype=torch.int32, device=blocks.device), tile_tokens)
     padded_tokens, padded_picks = triton.next_power_of_2(tile_tokens), triton.next_power_of_2(picks)
-    tiles, entries = triton.cdiv(tokens, tile_tokens), padded_tokens * padded_picks
+    entries = padded_tokens * padded_picks
     packed = torch.empty(tiles, groups, entries, dtype=torch.int64, device=blocks.device)
     counts = torch.empty(tiles, groups, 2, dtype=torch.int32, device=blocks.device)
     if tiles:
         build_unions_kernel[(tiles * groups,)](
-            blocks, position, key_start, packed, counts, *blocks.stride(), tokens,
-            GROUPS=groups, TOKENS=tile_tokens, PICKS=picks, BLOCK=block_size,
+            blocks, selection.position, selection.key_start, packed, counts, *blocks.stride(), tokens,
+            GROUPS=groups, TOKENS=tile_tokens, PICKS=picks, BLOCK=selection.block_size,
             PADDED_TOKENS=padded_tokens, PADDED_PICKS=padded_picks, STEP=min(padded_picks, 16),
             num_warps=max(1, min(8, entries // 64)),
         )  # fmt: skip
     return Unions(packed, counts, tile_tokens)
-
-
-def no_unions(tokens: int, groups: int, tile_tokens: int, device: torch.device) -> Unions:
-    """Unions of tokens that chose nothing."""
-    tiles = triton.cdiv(tokens, tile_tokens)
-    entries = torch.zeros(tiles, groups, 1, dtype=torch.int64, device=device)
-    return Unions(entries, torch.zeros(tiles, groups, 2, dtype=torch.int32, device=device), tile_tokens)
 
 
 @dataclass(frozen=True)
@@ -218,15 +249,11 @@ def list_items_kernel(
         tl.store(item_lists_ptr + index, number, mask=index < num_items)
 
 
-def find_visitors(
-    blocks: torch.Tensor, block_base: torch.Tensor, num_blocks: int, chunk: int | None = None, *, places: bool = False
-) -> Visitors:
+def find_visitors(selection: Selection, chunk: int | None = None, *, places: bool = False) -> Visitors:
     """Invert a selection: a stable sort of the (group, block) of every pick.
 
     Args:
-        blocks: int32 [T, G, n], block numbers within each query's document, padded with -1.
-        block_base: int32 [T], number of the first block of the query's document among all blocks.
-        num_blocks: NB, blocks of all documents.
+        selection: what T queries chose of NB blocks.
         chunk: most queries of a work item; None for :func:`visitor_chunk`.
         places: list the picks' numbers too.
 
@@ -236,6 +263,7 @@ def find_visitors(
     Raises:
         ValueError: 2^31 choices or more.
     """
+    blocks, num_blocks = selection.blocks, selection.num_blocks
     tokens, groups, picks = blocks.shape
     if blocks.numel() >= 1 << 31:
         raise ValueError(
@@ -247,8 +275,9 @@ def find_visitors(
     key = torch.empty(tokens * groups * picks, dtype=torch.int32, device=blocks.device)
     if key.numel():
         list_numbers_kernel[(triton.cdiv(key.numel(), 1024),)](
-            blocks, block_base, key, *blocks.stride(), num_blocks, key.numel(), GROUPS=groups, PICKS=picks, TILE=1024, num_warps=4
-        )
+            blocks, selection.block_base, key, *blocks.stride(), num_blocks, key.numel(),
+            GROUPS=groups, PICKS=picks, TILE=1024, num_warps=4,
+        )  # fmt: skip
     ordered, order = key.sort(stable=True)
     int32 = {"dtype": torch.int32, "device": blocks.device}
     offsets = torch.empty(lists + 1, **int32)

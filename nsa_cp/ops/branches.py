@@ -10,7 +10,7 @@ from nsa_cp.ops.gating import BranchStatistics
 from nsa_cp.ops.interval_attention import AttentionGradients, interval_attention_backward
 from nsa_cp.ops.intervals import Intervals
 from nsa_cp.ops.plan import NSAPlan
-from nsa_cp.ops.selected import selected_attention_backward
+from nsa_cp.ops.selected import selected_attention_backward, selection_of
 
 KeyGradients = tuple[torch.Tensor, torch.Tensor]
 
@@ -35,7 +35,7 @@ class ChosenBlocks:
         if backend == "triton" and blocks.numel():
             from nsa_cp.kernels.selected_attention.unions import find_visitors
 
-            self.visitors = find_visitors(blocks, plan.block_base, plan.block_start.shape[0])
+            self.visitors = find_visitors(selection_of(blocks, plan))
 
     def of(self, groups: slice) -> ChosenBlocks:
         """Those of a slice of groups."""
@@ -76,9 +76,9 @@ class BranchesBackward:
         if self.backend == "triton":
             from nsa_cp.kernels.selected_attention.backward import selected_attention_backward_dkv as kernel
 
-            tables = (chosen.visitors, plan.position, plan.key_start, plan.block_start, plan.config.select_block_size)
             inputs = (self.q, branch.k, branch.v, self.grad, *branch.statistics)
-            return kernel(*inputs, *tables, self._scale, base_group=chosen.base_group)
+            choices = (selection_of(chosen.blocks, plan), chosen.visitors)
+            return kernel(*inputs, *choices, self._scale, base_group=chosen.base_group)
         k, v, statistics = branch
         return self._add(selected_attention_backward(self.q, k, v, self.grad, statistics, chosen.blocks, plan, self.backend))
 
@@ -93,9 +93,8 @@ class BranchesBackward:
         plan = self.plan
         window, compressed, selected = (kernel.Branch(b.k, b.v, *b.statistics) for b in self.branches)
         ranges = (plan.window_intervals.of_queries, plan.compressed_intervals.of_queries)
-        tables = (self.chosen.blocks, plan.position, plan.key_start, plan.config.select_block_size)
-        options = {"lists": (plan.block_start, plan.block_base), "out": out}
-        kernel.query_gradients(self.q, self.grad, window, compressed, selected, *ranges, *tables, self._scale, **options)
+        selection = selection_of(self.chosen.blocks, plan)
+        kernel.query_gradients(self.q, self.grad, window, compressed, selected, *ranges, selection, self._scale, out=out)
 
     @property
     def _scale(self) -> float:

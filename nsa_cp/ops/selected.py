@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,8 +12,19 @@ from nsa_cp.ops.gating import BranchStatistics
 from nsa_cp.ops.interval_attention import AttentionGradients, finite
 from nsa_cp.ops.plan import NSAPlan
 
+if TYPE_CHECKING:
+    from nsa_cp.kernels.selected_attention.unions import Selection
+
 # Key and value elements gathered at once: 64 MiB in float32.
 GATHER_BUDGET = 1 << 24
+
+
+def selection_of(blocks: torch.Tensor, plan: NSAPlan) -> Selection:
+    """Chosen blocks, int32 [T, G, n], and the plan's tables beside them, as the Triton kernels take them."""
+    from nsa_cp.kernels.selected_attention.unions import Selection
+
+    tables = (plan.position, plan.key_start, plan.block_start, plan.block_base)
+    return Selection(blocks, *tables, plan.config.select_block_size)
 
 
 def selected_attention_forward(
@@ -36,13 +48,9 @@ def selected_attention_forward(
         ``out`` [T, N, Dv] in the dtype of q, ``lse`` [T, N] in the accumulator's dtype.
     """
     if backend == "triton":
-        from nsa_cp.kernels.selected_attention.by_block import MOST_HEADS
         from nsa_cp.kernels.selected_attention.forward import selected_attention_forward as kernel
 
-        tables = (plan.position, plan.key_start, plan.config.select_block_size)
-        few = q.shape[1] // k.shape[1] <= MOST_HEADS
-        lists = (plan.block_start, plan.block_base) if few else None
-        return kernel(q, k, v, blocks, *tables, q.shape[-1] ** -0.5, lists=lists, out=out)
+        return kernel(q, k, v, selection_of(blocks, plan), q.shape[-1] ** -0.5, out=out)
     out = q.new_empty(*q.shape[:2], v.shape[-1]) if out is None else out
     lse = q.new_empty(q.shape[:2], dtype=accumulator_dtype(q))
     for rows, keys, hidden in _chunks(q, k, blocks, plan):
@@ -67,9 +75,7 @@ def selected_attention_backward(
     if backend == "triton":
         from nsa_cp.kernels.selected_attention.backward import selected_attention_backward as kernel
 
-        tables = (plan.position, plan.key_start, plan.block_start, plan.block_base)
-        size = plan.config.select_block_size
-        return AttentionGradients(*kernel(q, k, v, grad, *statistics, blocks, *tables, size, q.shape[-1] ** -0.5))
+        return AttentionGradients(*kernel(q, k, v, grad, *statistics, selection_of(blocks, plan), q.shape[-1] ** -0.5))
     (shift, delta), accumulator, scale = statistics, accumulator_dtype(q), q.shape[-1] ** -0.5
     groups = k.shape[1]
     dq = torch.zeros_like(q, dtype=accumulator)

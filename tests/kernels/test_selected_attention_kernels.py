@@ -11,7 +11,7 @@ from torch import Tensor
 from nsa_cp.kernels.selected_attention import by_block
 from nsa_cp.kernels.selected_attention.backward import selected_attention_backward, selected_attention_backward_dkv
 from nsa_cp.kernels.selected_attention.forward import selected_attention_forward
-from nsa_cp.kernels.selected_attention.unions import build_unions, find_visitors, visitor_chunk
+from nsa_cp.kernels.selected_attention.unions import Selection, build_unions, find_visitors, visitor_chunk
 from nsa_cp.kernels.tuning import TileConfig
 from nsa_cp.testing import assert_close
 
@@ -43,17 +43,7 @@ CASES = {
 WAYS = [*((name, False) for name in CASES), ("16heads-block32", True), ("8heads-wide", True)]
 
 
-class Tables(NamedTuple):
-    """What the kernels read about the queries and blocks; see ``selected_attention_backward``."""
-
-    blocks: Tensor
-    position: Tensor
-    key_start: Tensor
-    block_start: Tensor
-    block_base: Tensor
-
-
-def make_tables(problem: Problem, device: str, drift: bool = False) -> Tables:
+def make_selection(problem: Problem, device: str, drift: bool = False) -> Selection:
     """Random choices among the visible blocks; a few queries choose nothing. With ``drift`` neighbours mostly agree."""
     lengths = torch.tensor(problem.lengths)
     starts = lengths.cumsum(0) - lengths
@@ -70,7 +60,7 @@ def make_tables(problem: Problem, device: str, drift: bool = False) -> Tables:
             chosen = torch.randperm(own + 1)[: problem.picks].sort().values
             blocks[t, g, : len(chosen)] = chosen if t % 13 != 5 else -1
     tables = (blocks, position, starts[document], block_start, (counts.cumsum(0) - counts)[document])
-    return Tables(*(x.to(torch.int32).to(device) for x in tables))
+    return Selection(*(x.to(torch.int32).to(device) for x in tables), problem.block)
 
 
 def make_inputs(problem: Problem, dtype: torch.dtype, device: str) -> tuple[list[Tensor], Tensor]:
@@ -82,13 +72,13 @@ def make_inputs(problem: Problem, dtype: torch.dtype, device: str) -> tuple[list
     return [torch.randn(shape, device=device).to(dtype) for shape in shapes], torch.rand(tokens, heads, device=device)
 
 
-def visible_keys(problem: Problem, tables: Tables) -> Tensor:
+def visible_keys(problem: Problem, selection: Selection) -> Tensor:
     """Bool [T, G, S]: key rows that each query sees, written down from the definition."""
-    key = torch.arange(sum(problem.lengths), device=tables.blocks.device)
-    token = key - tables.key_start[:, None]
+    key = torch.arange(sum(problem.lengths), device=selection.blocks.device)
+    token = key - selection.key_start[:, None]
     block = torch.where(token >= 0, token // problem.block, -2)
-    chosen = (tables.blocks[..., None] == block[:, None, None]).any(2)
-    return chosen & (token <= tables.position[:, None])[:, None]
+    chosen = (selection.blocks[..., None] == block[:, None, None]).any(2)
+    return chosen & (token <= selection.position[:, None])[:, None]
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -114,29 +104,26 @@ def row_shift(lse: Tensor, gate: Tensor | None) -> Tensor:
 
 
 def run_backward(
-    tensors: list[Tensor], tables: Tables, gate: Tensor | None, problem: Problem, scale: float, **options: object
+    tensors: list[Tensor], selection: Selection, gate: Tensor | None, problem: Problem, scale: float, **options: object
 ) -> tuple[Tensor, ...]:
     q, k, v, do = tensors
-    choice = (tables.blocks, tables.position, tables.key_start)
-    out, lse = selected_attention_forward(q, k, v, *choice, problem.block, scale, config=SMALL)
+    out, lse = selected_attention_forward(q, k, v, selection, scale, config=SMALL)
     delta = (do.float() * out.float()).sum(-1)
     options = {"dq_config": SMALL, "dkv_config": SMALL, "chunk": 21, **options}
-    return selected_attention_backward(q, k, v, do, row_shift(lse, gate), delta, *tables, problem.block, scale, **options)
+    return selected_attention_backward(q, k, v, do, row_shift(lse, gate), delta, selection, scale, **options)
 
 
 @pytest.mark.parametrize("name, bulk", WAYS, ids=lambda x: x if isinstance(x, str) else "bulk" if x else "plain")
 def test_forward(name: str, bulk: bool, dtype: torch.dtype, tolerance: float, device: str) -> None:
     problem = CASES[name]
     (q, k, v, _), _ = make_inputs(problem, dtype, device)
-    tables = make_tables(problem, device)
-    out, lse = selected_attention_forward(
-        q, k, v, tables.blocks, tables.position, tables.key_start, problem.block, 0.3, config=SMALL, bulk=bulk
-    )
-    expected, expected_lse = dense_attention(q.double(), k.double(), v.double(), visible_keys(problem, tables), 0.3)
+    selection = make_selection(problem, device)
+    out, lse = selected_attention_forward(q, k, v, selection, 0.3, config=SMALL, bulk=bulk)
+    expected, expected_lse = dense_attention(q.double(), k.double(), v.double(), visible_keys(problem, selection), 0.3)
     assert out.dtype == dtype and lse.dtype == torch.float32
     assert_close(out, expected, max_relative_error=tolerance, name="out")
     assert_close(lse, expected_lse, atol=2e-5, rtol=1e-5, name="lse")
-    blind = (tables.blocks < 0).all(-1).any(-1)
+    blind = (selection.blocks < 0).all(-1).any(-1)
     assert blind.any() and (lse[blind] == float("-inf")).any()
 
 
@@ -144,9 +131,9 @@ def test_forward(name: str, bulk: bool, dtype: torch.dtype, tolerance: float, de
 def test_gradients(name: str, bulk: bool, dtype: torch.dtype, tolerance: float, device: str) -> None:
     problem = CASES[name]
     tensors, gate = make_inputs(problem, dtype, device)
-    tables = make_tables(problem, device)
-    gradients = run_backward(tensors, tables, gate, problem, 0.3, bulk=bulk)
-    expected = dense_gradients(tensors, visible_keys(problem, tables), gate, 0.3)
+    selection = make_selection(problem, device)
+    gradients = run_backward(tensors, selection, gate, problem, 0.3, bulk=bulk)
+    expected = dense_gradients(tensors, visible_keys(problem, selection), gate, 0.3)
     for actual, reference, which in zip(gradients, expected, ("dq", "dk", "dv")):
         assert actual.dtype == torch.float32
         assert_close(actual, reference, max_relative_error=2 * tolerance, name=which)
@@ -155,13 +142,12 @@ def test_gradients(name: str, bulk: bool, dtype: torch.dtype, tolerance: float, 
 def test_table_of_tile_shapes_and_neighbours_that_agree(dtype: torch.dtype, tolerance: float, device: str) -> None:
     problem = CASES["1head"]
     tensors, gate = make_inputs(problem, dtype, device)
-    tables = make_tables(problem, device, drift=True)
+    selection = make_selection(problem, device, drift=True)
     q, k, v, do = tensors
-    choice = (tables.blocks, tables.position, tables.key_start)
-    out, lse = selected_attention_forward(q, k, v, *choice, problem.block, 0.3)
+    out, lse = selected_attention_forward(q, k, v, selection, 0.3)
     delta = (do.float() * out.float()).sum(-1)
-    gradients = selected_attention_backward(q, k, v, do, row_shift(lse, gate), delta, *tables, problem.block, 0.3)
-    expected = dense_gradients(tensors, visible_keys(problem, tables), gate, 0.3)
+    gradients = selected_attention_backward(q, k, v, do, row_shift(lse, gate), delta, selection, 0.3)
+    expected = dense_gradients(tensors, visible_keys(problem, selection), gate, 0.3)
     assert_close(list(gradients), expected, max_relative_error=2 * tolerance, name="gradient")
 
 
@@ -169,71 +155,73 @@ def test_table_of_tile_shapes_and_neighbours_that_agree(dtype: torch.dtype, tole
 def test_any_cut_of_the_lists(chunk: int, workspace: int, device: str) -> None:
     problem = CASES["2heads-packed"]._replace(lengths=(33, 2))
     tensors, gate = make_inputs(problem, torch.float32, device)
-    tables = make_tables(problem, device)
-    gradients = run_backward(tensors, tables, gate, problem, 0.3, chunk=chunk, workspace_bytes=workspace)
-    expected = dense_gradients(tensors, visible_keys(problem, tables), gate, 0.3)
+    selection = make_selection(problem, device)
+    gradients = run_backward(tensors, selection, gate, problem, 0.3, chunk=chunk, workspace_bytes=workspace)
+    expected = dense_gradients(tensors, visible_keys(problem, selection), gate, 0.3)
     assert_close(list(gradients), expected, max_relative_error=1e-5, name="gradient")
-    again = run_backward(tensors, tables, gate, problem, 0.3, chunk=chunk, workspace_bytes=workspace)
+    again = run_backward(tensors, selection, gate, problem, 0.3, chunk=chunk, workspace_bytes=workspace)
     assert all(torch.equal(a, b) for a, b in zip(gradients, again))
 
 
 def test_strided_inputs_and_one_group_of_several(device: str) -> None:
     problem = CASES["1head"]
     tensors, gate = make_inputs(problem, torch.float32, device)
-    tables = make_tables(problem, device)
+    selection = make_selection(problem, device)
     one = [x[:, 1:] for x in tensors]
-    tables = tables._replace(blocks=tables.blocks[:, 1:])
+    selection = selection._replace(blocks=selection.blocks[:, 1:])
     gate = gate[:, 1:]
-    assert not any(x.is_contiguous() for x in (*one, gate, tables.blocks))
-    gradients = run_backward(one, tables, gate, problem, 0.3)
-    expected = dense_gradients(one, visible_keys(problem, tables), gate, 0.3)
+    assert not any(x.is_contiguous() for x in (*one, gate, selection.blocks))
+    gradients = run_backward(one, selection, gate, problem, 0.3)
+    expected = dense_gradients(one, visible_keys(problem, selection), gate, 0.3)
     assert_close(list(gradients), expected, max_relative_error=2e-5, name="gradient")
-    ungated = run_backward(one, tables, None, problem, 0.3)
-    expected = dense_gradients(one, visible_keys(problem, tables), torch.ones_like(gate), 0.3)
+    ungated = run_backward(one, selection, None, problem, 0.3)
+    expected = dense_gradients(one, visible_keys(problem, selection), torch.ones_like(gate), 0.3)
     assert_close(list(ungated), expected, max_relative_error=1e-5, name="ungated")
 
 
 @pytest.mark.parametrize("tile_tokens", [7, 32])
 def test_unions_hold_each_tile_s_choices(tile_tokens: int, device: str) -> None:
     problem = CASES["2heads-packed"]
-    tables = make_tables(problem, device)
-    unions = build_unions(tables.blocks, tables.position, tables.key_start, problem.block, tile_tokens)
-    tokens = tables.blocks.shape[0]
+    selection = make_selection(problem, device)
+    unions = build_unions(selection, tile_tokens)
+    tokens = selection.blocks.shape[0]
     assert unions.counts.shape[0] == -(-tokens // tile_tokens)
     for tile in range(unions.counts.shape[0]):
         rows = range(tile * tile_tokens, min(tokens, (tile + 1) * tile_tokens))
         for group in range(problem.groups):
             expected: dict[int, int] = {}
             for i, t in enumerate(rows):
-                for block in tables.blocks[t, group].tolist():
+                for block in selection.blocks[t, group].tolist():
                     if block >= 0:
-                        start = int(tables.key_start[t]) + block * problem.block
+                        start = int(selection.key_start[t]) + block * problem.block
                         expected[start] = expected.get(start, 0) | 1 << i
             count, full = unions.counts[tile, group].tolist()
             entries = unions.entries[tile, group, :count].tolist()
             assert [(entry >> 32, entry & 0xFFFFFFFF) for entry in entries] == sorted(expected.items())
-            first_query = min(int(tables.key_start[t] + tables.position[t]) for t in rows)
+            first_query = min(int(selection.key_start[t] + selection.position[t]) for t in rows)
             assert full == sum(start + problem.block - 1 <= first_query for start in expected)
 
 
 def test_visitors_invert_the_choice(device: str) -> None:
     problem = CASES["2heads-packed"]
-    tables = make_tables(problem, device)
-    blocks, chunk = tables.block_start.shape[0], 5
-    visitors = find_visitors(tables.blocks, tables.block_base, blocks, chunk, places=True)
+    selection = make_selection(problem, device)
+    blocks, chunk = selection.num_blocks, 5
+    visitors = find_visitors(selection, chunk, places=True)
     assert torch.equal(visitors.queries, visitors.places // (problem.groups * problem.picks))
     items = []
     for group in range(problem.groups):
         for block in range(blocks):
             number = group * blocks + block
             expected = [
-                t for t in range(len(tables.position)) if block - int(tables.block_base[t]) in tables.blocks[t, group].tolist()
+                t
+                for t in range(len(selection.position))
+                if block - int(selection.block_base[t]) in selection.blocks[t, group].tolist()
             ]
-            expected = [t for t in expected if block >= tables.block_base[t]]
+            expected = [t for t in expected if block >= selection.block_base[t]]
             first, last = visitors.offsets[number : number + 2].tolist()
             assert visitors.queries[first:last].tolist() == expected
-            picked = tables.blocks.flatten()[visitors.places[first:last].long()]
-            assert (picked == block - tables.block_base[visitors.queries[first:last].long()]).all()
+            picked = selection.blocks.flatten()[visitors.places[first:last].long()]
+            assert (picked == block - selection.block_base[visitors.queries[first:last].long()]).all()
             items += [number] * max(1, -(-len(expected) // chunk))
     assert visitors.item_lists[: len(items)].tolist() == items
     assert (visitors.item_lists[len(items) :] >= problem.groups * blocks).all()
@@ -246,10 +234,9 @@ def test_one_group_with_the_lists_of_all(workspace: int, device: str) -> None:
     """Lists sorted once for all groups give each group the bits that they give all groups together."""
     problem = CASES["1head"]
     (q, k, v, do), _ = make_inputs(problem, torch.float32, device)
-    tables = make_tables(problem, device)
+    selection = make_selection(problem, device)
     shift, delta = torch.randn(2, *q.shape[:2], device=device)
-    visitors = find_visitors(tables.blocks, tables.block_base, tables.block_start.shape[0], 21)
-    rest = (visitors, tables.position, tables.key_start, tables.block_start, problem.block, 0.3)
+    rest = (selection, find_visitors(selection, 21), 0.3)
     options = {"config": SMALL, "workspace_bytes": workspace}
     together = selected_attention_backward_dkv(q, k, v, do, shift, delta, *rest, **options)
     for group in range(problem.groups):
@@ -262,21 +249,21 @@ def test_one_group_with_the_lists_of_all(workspace: int, device: str) -> None:
 
 
 def run_by_block(
-    tensors: list[Tensor], tables: Tables, gate: Tensor, problem: Problem, *, chunk: int = 21
+    tensors: list[Tensor], selection: Selection, gate: Tensor, problem: Problem, *, chunk: int = 21
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, lse and the selected branch's dq, added to a base of ones."""
     q, k, v, do = tensors
     out = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], device=q.device)
     options = {"config": SMALL.fitted(problem.heads), "chunk": chunk}
-    by_block.selected_attention_forward(q, k, v, *tables, problem.block, 0.3, out, lse, **options)
+    by_block.selected_attention_forward(q, k, v, selection, 0.3, out, lse, **options)
     statistics = row_shift(lse, gate), (do.float() * out.float()).sum(-1)
     base, dq = torch.ones(q.shape, device=q.device), torch.empty(q.shape, device=q.device)
 
     def base_of(groups: slice, rows: slice) -> Tensor:
         return base[rows, groups.start * problem.heads : groups.stop * problem.heads]
 
-    by_block.query_gradients(q, k, v, do, *statistics, *tables, problem.block, 0.3, dq, base_of=base_of, **options)
+    by_block.query_gradients(q, k, v, do, *statistics, selection, 0.3, dq, base_of=base_of, **options)
     return out, lse, dq
 
 
@@ -284,10 +271,10 @@ def run_by_block(
 def test_block_by_block(name: str, dtype: torch.dtype, tolerance: float, device: str) -> None:
     problem = CASES[name]
     tensors, gate = make_inputs(problem, dtype, device)
-    tables = make_tables(problem, device)
-    out, lse, dq = run_by_block(tensors, tables, gate, problem)
+    selection = make_selection(problem, device)
+    out, lse, dq = run_by_block(tensors, selection, gate, problem)
     q, k, v, _ = (x.double() for x in tensors)
-    visible = visible_keys(problem, tables)
+    visible = visible_keys(problem, selection)
     expected, expected_lse = dense_attention(q, k, v, visible, 0.3)
     assert_close(out, expected, max_relative_error=tolerance, name="out")
     assert_close(lse, expected_lse, atol=2e-5, rtol=1e-5, name="lse")
@@ -300,14 +287,14 @@ def test_block_by_block_in_any_passes_and_items(device: str, monkeypatch: pytest
     """A query's bits depend neither on the tokens and groups of a pass nor on how a block's queries are cut."""
     problem = CASES["2heads-packed"]
     tensors, gate = make_inputs(problem, torch.float32, device)
-    tables = make_tables(problem, device)
-    whole = run_by_block(tensors, tables, gate, problem)
+    selection = make_selection(problem, device)
+    whole = run_by_block(tensors, selection, gate, problem)
     bytes_per_token = problem.picks * problem.heads * (problem.dv * 4 + 4)
     # 47 tokens of two groups: in one pass, one group after the other, and 16 tokens of one group at a time.
     for workspace, chunk, count in ((1 << 30, 1000, 1), (48 * bytes_per_token, 21, 2), (1, 3, 6)):
         monkeypatch.setattr(by_block, "WORKSPACE_BYTES", workspace)
         assert len(list(by_block.passes(len(tensors[0]), problem.groups, bytes_per_token))) == count
-        again = run_by_block(tensors, tables, gate, problem, chunk=chunk)
+        again = run_by_block(tensors, selection, gate, problem, chunk=chunk)
         assert all(torch.equal(a, b) for a, b in zip(again, whole, strict=True))
 
 
@@ -315,22 +302,22 @@ def test_block_by_block_for_one_group_of_several(device: str) -> None:
     """Slices of heads, in and out, as context parallelism gives them: the bits of all groups together."""
     problem = CASES["4heads-every-other-row"]._replace(groups=3)
     tensors, gate = make_inputs(problem, torch.float32, device)
-    tables = make_tables(problem, device)
-    out, _, _ = run_by_block(tensors, tables, gate, problem)
+    selection = make_selection(problem, device)
+    out, _, _ = run_by_block(tensors, selection, gate, problem)
     (q, k, v, _), sliced = tensors, torch.full_like(out, float("nan"))
     for group in range(problem.groups):
         heads, one = slice(group * problem.heads, (group + 1) * problem.heads), slice(group, group + 1)
         lse = torch.empty(q.shape[0], problem.heads, device=device)
-        own = tables._replace(blocks=tables.blocks[:, one])
+        own = selection._replace(blocks=selection.blocks[:, one])
         config = SMALL.fitted(problem.heads)
         by_block.selected_attention_forward(
-            q[:, heads], k[:, one], v[:, one], *own, problem.block, 0.3, sliced[:, heads], lse, config=config, chunk=21
+            q[:, heads], k[:, one], v[:, one], own, 0.3, sliced[:, heads], lse, config=config, chunk=21
         )
     assert torch.equal(sliced, out)
 
 
 def test_which_shapes_go_block_by_block(device: str) -> None:
-    """Small groups, whose blocks stay on the multiprocessor; only where the launcher is told the blocks' rows."""
+    """Small groups, whose blocks stay on the multiprocessor; a tile shape or a way to fetch asks for the unions."""
 
     def fits(rows: int, dk: int, dv: int, dtype: torch.dtype = torch.bfloat16) -> bool:
         return by_block.fits(rows, *(torch.empty(1, 1, width, dtype=dtype) for width in (dk, dv)))
@@ -339,26 +326,25 @@ def test_which_shapes_go_block_by_block(device: str) -> None:
     assert not fits(64, 200, 128) and not fits(256, 16, 16) and not fits(64, 64, 64, torch.float32)
     problem = CASES["2heads-packed"]
     (q, k, v, do), _ = make_inputs(problem, torch.float32, device)
-    tables = make_tables(problem, device)
-    choice, lists = (tables.blocks, tables.position, tables.key_start), (tables.block_start, tables.block_base)
+    selection = make_selection(problem, device)
     statistics = torch.randn(2, *q.shape[:2], device=device)
 
     def forward(**options: object) -> None:
-        selected_attention_forward(q, k, v, *choice, problem.block, 0.3, **options)
+        selected_attention_forward(q, k, v, selection, 0.3, **options)
 
-    def backward() -> None:
-        selected_attention_backward(q, k, v, do, *statistics, *tables, problem.block, 0.3)
+    def backward(**options: object) -> None:
+        selected_attention_backward(q, k, v, do, *statistics, selection, 0.3, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(by_block, "attend_by_block_kernel", None)
         patch.setattr(by_block, "query_gradients_by_block_kernel", None)
-        forward()
-        for goes in (lambda: forward(lists=lists), backward):
+        for goes in (forward, backward):
+            goes(bulk=False)
             with pytest.raises(TypeError):
                 goes()
         patch.setattr(by_block, "MOST_HEADS", 1)
         patch.setattr(by_block, "MOST_HEADS_DQ", 1)
-        forward(lists=lists)
+        forward()
         backward()
 
 
@@ -372,10 +358,10 @@ def test_partial_sums_stay_bounded() -> None:
 def test_bad_arguments_are_refused(device: str) -> None:
     problem = CASES["1head"]
     (q, k, v, _), _ = make_inputs(problem, torch.float32, device)
-    tables = make_tables(problem, device)
+    selection = make_selection(problem, device)
     with pytest.raises(ValueError, match="32-bit masks"):
-        build_unions(tables.blocks, tables.position, tables.key_start, problem.block, 33)
+        build_unions(selection, 33)
     with pytest.raises(ValueError, match="must be positive"):
-        selected_attention_forward(q, k, v, tables.blocks, tables.position, tables.key_start, 16, -1.0)
+        selected_attention_forward(q, k, v, selection, -1.0)
     with pytest.raises(ValueError, match="do not divide"):
-        selected_attention_forward(q[:, :1], k, v, tables.blocks, tables.position, tables.key_start, 16, 1.0)
+        selected_attention_forward(q[:, :1], k, v, selection, 1.0)

@@ -19,8 +19,9 @@ from nsa_cp.kernels.interval_attention.backward import ROWS_A_SUM, interval_atte
 from nsa_cp.kernels.interval_attention.forward import interval_attention_forward, interval_lse
 from nsa_cp.kernels.query_gradients.backward import Branch, query_gradients
 from nsa_cp.kernels.selected_attention.backward import selected_attention_backward_dkv
-from nsa_cp.kernels.selected_attention.unions import find_visitors
+from nsa_cp.kernels.selected_attention.unions import Selection, find_visitors
 from nsa_cp.ops.plan import NSAPlan, get_plan
+from nsa_cp.ops.selected import selection_of
 from nsa_cp.testing import assert_close
 
 DEVICE = torch.device("cuda", 0)
@@ -224,12 +225,11 @@ def test_query_gradients(case: str, drifting: bool) -> None:
     # The selected branch's keys end with the last document's.
     k, v = _hidden_keys(problem, problem.documents[-1], behind=0)
     branches.append(Branch(k, v, torch.randn(q.shape[:2], device=DEVICE) + 3, torch.randn(q.shape[:2], device=DEVICE)))
-    blocks = _choices(plan, problem.groups, drifting)
-    tables = (blocks, plan.position, plan.key_start + MARGIN, 64, SCALE)
-    expected = query_gradients(q, do, *branches, *ranges, *tables, hopper=False)
-    dq = query_gradients(q, do, *branches, *ranges, *tables)
+    chosen = _choices(plan, problem.groups, drifting)
+    expected = query_gradients(q, do, *branches, *ranges, chosen, SCALE, hopper=False)
+    dq = query_gradients(q, do, *branches, *ranges, chosen, SCALE)
     assert_close(dq, expected, max_relative_error=1e-3, name="dq")
-    assert torch.equal(dq, query_gradients(q, do, *branches, *ranges, *tables))
+    assert torch.equal(dq, query_gradients(q, do, *branches, *ranges, chosen, SCALE))
 
 
 @pytest.mark.parametrize("drifting", [False, True], ids=["random", "drifting"])
@@ -242,12 +242,11 @@ def test_selected_key_gradients(case: str, drifting: bool) -> None:
     k, v = _hidden_keys(problem, problem.documents[-1], behind=0)
     shift, delta = torch.randn(q.shape[:2], device=DEVICE) + 3, torch.randn(q.shape[:2], device=DEVICE)
     shift[::7] = float("inf")
-    blocks = _choices(plan, problem.groups, drifting)
-    tables = (plan.position, plan.key_start + MARGIN, plan.block_start + MARGIN, 64, SCALE)
+    chosen = _choices(plan, problem.groups, drifting)
     # Whole lists, all groups at once; short items, group by group.
     for chunk, options in ((None, {}), (37, {"workspace_bytes": 1})):
-        visitors = find_visitors(blocks, plan.block_base, plan.block_start.shape[0], chunk)
-        arguments = (q, k, v, do, shift, delta, visitors, *tables)
+        visitors = find_visitors(chosen, chunk)
+        arguments = (q, k, v, do, shift, delta, chosen, visitors, SCALE)
         expected = selected_attention_backward_dkv(*arguments, **options, hopper=False)
         gradients = selected_attention_backward_dkv(*arguments, **options)
         assert_close(list(gradients), list(expected), max_relative_error=1e-3, name=f"items of {visitors.chunk}")
@@ -258,12 +257,14 @@ def test_selected_key_gradients(case: str, drifting: bool) -> None:
         group, heads = problem.groups - 1, problem.heads // problem.groups
         mine = [x[:, group * heads :] for x in (q, do, shift, delta)]
         keys = (k[:, group:], v[:, group:])
-        alone = selected_attention_backward_dkv(mine[0], *keys, *mine[1:], visitors, *tables, base_group=group, **options)
+        whose = (chosen, visitors, SCALE)
+        alone = selected_attention_backward_dkv(mine[0], *keys, *mine[1:], *whose, base_group=group, **options)
         assert all(torch.equal(a, b[:, group:]) for a, b in zip(alone, gradients, strict=True))
 
 
-def _choices(plan: NSAPlan, groups: int, drifting: bool) -> Tensor:
-    """int32 [T, G, 6]: random visible blocks, ascending; the same for neighbours where they drift; none for some tokens."""
+def _choices(plan: NSAPlan, groups: int, drifting: bool) -> Selection:
+    """Six random visible blocks, ascending; the same for neighbours where they drift; none for some tokens; in keys moved by the
+    margin."""
     own = plan.position // 64
     score = torch.rand(len(own), groups, max(6, plan.max_blocks), device=DEVICE)
     if drifting:
@@ -272,7 +273,8 @@ def _choices(plan: NSAPlan, groups: int, drifting: bool) -> Tensor:
     best, chosen = score.masked_fill(block > own[:, None, None], -1.0).topk(6, dim=-1)
     chosen = chosen.masked_fill(best < 0, 1 << 20).sort(-1).values
     chosen[::13] = 1 << 20
-    return chosen.masked_fill(chosen == 1 << 20, -1).to(torch.int32)
+    selection = selection_of(chosen.masked_fill(chosen == 1 << 20, -1).to(torch.int32), plan)
+    return selection._replace(key_start=selection.key_start + MARGIN, block_start=selection.block_start + MARGIN)
 
 
 def _runs_on_hopper(target: str, launch: Callable[[], object]) -> bool:
@@ -323,6 +325,5 @@ def test_who_runs_backward(case: Case, key_gradients: bool, query_gradients_too:
     launch = partial(interval_attention_backward_dkv, q, k, v, do, *statistics, *of_keys, SCALE)
     assert _runs_on_hopper("interval_attention.hopper_backward.interval_attention_backward_dkv", launch) == key_gradients
     branches = [Branch(k, v, *statistics)] * 3
-    tables = (_choices(plan, case.groups, False), plan.position, plan.key_start + MARGIN, 64, SCALE)
-    launch = partial(query_gradients, q, do, *branches, bounds, bounds, *tables)
+    launch = partial(query_gradients, q, do, *branches, bounds, bounds, _choices(plan, case.groups, False), SCALE)
     assert _runs_on_hopper("query_gradients.hopper.query_gradients", launch) == query_gradients_too
