@@ -1,9 +1,22 @@
-"""Kinds of numbers that commands take."""
+"""Arguments that several commands take: kinds of numbers, and the attention's sizes."""
 
 from __future__ import annotations
 
 import argparse
 import math
+
+_SIZES = ("compress_block_size", "compress_stride", "select_block_size", "num_selected_blocks", "window_size")
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """Add an option for each of the attention's sizes; without it NSAConfig's default holds."""
+    for name in _SIZES:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=None, metavar="N")
+
+
+def given_sizes(arguments: argparse.Namespace) -> dict[str, int]:
+    """The attention's sizes that the command line gives, by NSAConfig's names."""
+    return {name: size for name in _SIZES if (size := getattr(arguments, name)) is not None}
 
 
 def positive(text: str) -> int:

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nsa_cp.cli import bench_context_parallel
-from nsa_cp.cli.arguments import positive
+from nsa_cp.cli.arguments import add_sizes, given_sizes, positive
 from nsa_cp.training.errors import UserError, as_user_error
 
 if TYPE_CHECKING:
     from nsa_cp.bench.attention import Row
     from nsa_cp.bench.work import Work
 
-_SETTINGS = ("compress_block_size", "compress_stride", "select_block_size", "num_selected_blocks", "window_size")
 _HEADER = (
     f"{'tokens':>8} {'heads':>14} {'inputs':>9} {'agree':>6} {'impl':>12} {'stage':>12} {'pass':>9} {'p50 ms':>9} {'GiB':>6} "
     f"{'TFLOP/s':>8} {'floor':>8} {'times':>6}    (floor: ms on an H100)"
@@ -43,8 +42,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     attention.add_argument("--stages", action="store_true", help="also time each stage alone")
     attention.add_argument("--repetitions", type=positive, default=10)
     attention.add_argument("--csv", type=Path, default=None, metavar="FILE", help="write the rows, and plots beside them")
-    for name in _SETTINGS:
-        attention.add_argument(f"--{name.replace('_', '-')}", type=int, default=None, metavar="N")
+    add_sizes(attention)
     attention.set_defaults(run=_attention)
     bench_context_parallel.add_parsers(kinds)
 
@@ -61,12 +59,11 @@ def _attention(arguments: argparse.Namespace) -> int:
     unknown = set(arguments.impls) - set(IMPLEMENTATIONS)
     if unknown:
         raise UserError(f"implementations {sorted(unknown)} are unknown; use some of {', '.join(IMPLEMENTATIONS)}")
-    settings = {name: getattr(arguments, name) for name in _SETTINGS if getattr(arguments, name) is not None}
     dtype = getattr(torch, arguments.dtype)
     rows = []
     with as_user_error():
         cases = default_cases(
-            arguments.seq_lens, arguments.heads, arguments.inputs, dtype, device, arguments.trained_file, **settings
+            arguments.seq_lens, arguments.heads, arguments.inputs, dtype, device, arguments.trained_file, **given_sizes(arguments)
         )
         work = {case.key: stage_work(case.config, case.heads, case.seq_len, dtype.itemsize) for case in cases}
         print(_HEADER)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nsa_cp.cli.arguments import duration, positive, rate, seconds
+from nsa_cp.cli.arguments import add_sizes, duration, given_sizes, positive, rate, seconds
 from nsa_cp.training.errors import UserError, as_user_error
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from nsa_cp.bench.context_parallel import Measured, Settings
     from nsa_cp.bench.cost_model import CostModel
 
-_SETTINGS = ("compress_block_size", "compress_stride", "select_block_size", "num_selected_blocks", "window_size")
 _TORCHRUN = "torchrun --nproc-per-node 2 -m nsa_cp.cli.main bench"
 _BENCHMARKS = Path("docs/benchmarks")
 _ATTENTION_CSV, _PARALLEL_CSV = _BENCHMARKS / "attention.csv", _BENCHMARKS / "context_parallel.csv"
@@ -103,8 +102,7 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tp", type=positive, default=1, help="tensor-parallel ranks, which divide the heads; the rest of the processes is CP"
     )
-    for name in _SETTINGS:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=None, metavar="N")
+    add_sizes(parser)
 
 
 @contextlib.contextmanager
@@ -122,8 +120,7 @@ def _joined(arguments: argparse.Namespace) -> Iterator[Settings]:
     with as_user_error():
         heads = HeadLayout.parse(arguments.heads)
         heads.shard(arguments.tp)
-        given = {name: getattr(arguments, name) for name in _SETTINGS if getattr(arguments, name) is not None}
-        config = replace(NSAConfig(), **given)
+        config = NSAConfig(**given_sizes(arguments))
     processes = int(os.environ["WORLD_SIZE"])
     if processes % arguments.tp:
         raise UserError(f"--tp {arguments.tp} does not divide {processes} processes; use a divisor of {processes}")
