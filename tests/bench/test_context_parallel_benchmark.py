@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -180,6 +181,27 @@ def _replay(rank: int, world_size: int, comm: str) -> None:
 @pytest.mark.parametrize("comm", ["all_gather", "ring"])
 def test_replayed_transfers_give_the_same_answers_and_send_nothing(workers, comm: str) -> None:
     workers(2).run(_replay, comm)
+
+
+def test_transfers_have_streams_of_high_priority(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over NCCL, both of all processes and of the context-parallel groups among tensor-parallel ranks."""
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    joined = dict.fromkeys(("init_process_group", "new_group", "destroy_process_group"), mock.DEFAULT)
+    answers = {"is_initialized": False, "get_world_size": 4, "get_rank": 1, "get_backend": "nccl"}
+    answering = {name: mock.Mock(return_value=value) for name, value in answers.items()}
+    # Without CUDA PyTorch has no ProcessGroupNCCL.
+    classes = {"group": mock.Mock(), "ProcessGroupNCCL": SimpleNamespace(Options=dict)}
+    with (
+        mock.patch.multiple(dist, create=True, **joined, **answering, **classes) as calls,
+        mock.patch.multiple(torch.cuda, is_available=mock.Mock(return_value=True), set_device=mock.DEFAULT),
+        mock.patch.object(context_parallel, "run_context_parallel_benchmark", return_value=[]) as measure,
+    ):
+        assert main(["bench", "context-parallel", "--tp=2"]) == 0
+    assert measure.called
+    (world,), groups = calls["init_process_group"].call_args_list, calls["new_group"].call_args_list
+    assert [call.args[0] for call in groups] == [[0, 2], [1, 3]]
+    assert all(call.kwargs["pg_options"] == {"is_high_priority_stream": True} for call in (world, *groups))
 
 
 def test_outside_torchrun_it_says_how_to_start(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
