@@ -35,9 +35,9 @@ _TILE, _TAIL_TILE = (64, 4), (32, 6)
 
 @gluon.jit
 def fetch(
-    q_descs, k_descs, stats_desc, shared, first, last, key, group, tile_rows,
+    q_descs, k_descs, shift_desc, delta_desc, shared, first, last, key, group, group_rows,
     TOKENS: gl.constexpr, HEADS: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
-    GROUPS: gl.constexpr, DK_HEAD: gl.constexpr, DK_TAIL: gl.constexpr, DV: gl.constexpr,
+    DK_HEAD: gl.constexpr, DK_TAIL: gl.constexpr, DV: gl.constexpr,
 ):  # fmt: skip
     """The fetching warp: K and V once, then tiles ``first .. last``."""
     keys, rings, stats_ring, bounds, kv_full, full, empty = shared
@@ -51,11 +51,11 @@ def fetch(
             bar = full.index(slot)
             token = (first + step) * TOKENS
             mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
-            mbarrier.expect(bar, ROWS * ROW_BYTES + 2 * stats_desc.block_type.nbytes)
+            mbarrier.expect(bar, ROWS * ROW_BYTES + 2 * shift_desc.block_type.nbytes)
             fetch_tile(q_descs, rings, slot, token, group * HEADS, bar, DK_HEAD, DK_TAIL)
-            row = group * tile_rows + token * HEADS
-            tma.async_copy_global_to_shared(stats_desc, [row], bar, stats_ring.index(2 * slot))
-            tma.async_copy_global_to_shared(stats_desc, [row + GROUPS * tile_rows], bar, stats_ring.index(2 * slot + 1))
+            row = group * group_rows + token * HEADS
+            tma.async_copy_global_to_shared(shift_desc, [row], bar, stats_ring.index(2 * slot))
+            tma.async_copy_global_to_shared(delta_desc, [row], bar, stats_ring.index(2 * slot + 1))
 
 
 @gluon.jit
@@ -224,8 +224,8 @@ def add(out_ptr, x, column, half, target, GROUPS: gl.constexpr, WIDTH: gl.conste
 
 @gluon.jit(do_not_specialize=["num_tokens", "num_keys", "splits"])
 def interval_attention_backward_dkv_hopper_kernel(
-    q_desc, q_tail_desc, do_desc, k_desc, k_tail_desc, v_desc, stats_desc, q_begin_ptr, q_end_ptr, dk_ptr, dv_ptr,
-    num_tokens, num_keys, splits, tile_rows, scale, scale_log2,
+    q_desc, q_tail_desc, do_desc, k_desc, k_tail_desc, v_desc, shift_desc, delta_desc,
+    q_begin_ptr, q_end_ptr, dk_ptr, dv_ptr, num_tokens, num_keys, splits, group_rows, scale, scale_log2,
     GROUPS: gl.constexpr, HEADS: gl.constexpr, DK_HEAD: gl.constexpr, DK_TAIL: gl.constexpr, DV: gl.constexpr,
     TOKENS: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, SEGMENT: gl.constexpr,
     num_warps: gl.constexpr,
@@ -258,7 +258,7 @@ def interval_attention_backward_dkv_hopper_kernel(
     else:
         k_tail_smem = k_smem
         q_tail_ring = q_ring
-    stats_ring = gl.allocate_shared_memory(gl.float32, [2 * STAGES, ROWS], stats_desc.layout)
+    stats_ring = gl.allocate_shared_memory(gl.float32, [2 * STAGES, ROWS], shift_desc.layout)
     bounds = gl.allocate_shared_memory(gl.int32, [4, KEYS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     kv_full = make_barriers(1, 1).index(0)
     full = make_barriers(STAGES, 1)
@@ -269,8 +269,8 @@ def interval_attention_backward_dkv_hopper_kernel(
         (consume, (gl.constexpr(0), shared, rest, TOKENS, HEADS, ROWS, KEYS, STAGES, SEGMENT, GROUPS, DK_HEAD, DK_TAIL, DV)),
         (consume, (gl.constexpr(1), shared, rest, TOKENS, HEADS, ROWS, KEYS, STAGES, SEGMENT, GROUPS, DK_HEAD, DK_TAIL, DV)),
         (fetch, (
-            (q_desc, q_tail_desc, do_desc), (k_desc, k_tail_desc, v_desc), stats_desc, shared, first, last, key, group, tile_rows,
-            TOKENS, HEADS, ROWS, KEYS, STAGES, GROUPS, DK_HEAD, DK_TAIL, DV,
+            (q_desc, q_tail_desc, do_desc), (k_desc, k_tail_desc, v_desc), shift_desc, delta_desc,
+            shared, first, last, key, group, group_rows, TOKENS, HEADS, ROWS, KEYS, STAGES, DK_HEAD, DK_TAIL, DV,
         )),
     ], [4, 1], [240, 24])  # fmt: skip
 
@@ -291,17 +291,17 @@ def takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, do: torch.Tensor) -
     )
 
 
-def pack_statistics(shift: torch.Tensor, delta: torch.Tensor, groups: int, tile_rows: int) -> torch.Tensor:
-    """float32 [2, G, R]: a group's rows, token after token, stand together, and every tile of them begins at a multiple of its
-    size (the copy engine faults on lines that begin off 16 bytes). Zeros fill the last tile: there p is 0, and so must ds be."""
-    tokens, num_heads = shift.shape
-    heads = num_heads // groups
-    rows = triton.cdiv(tokens * heads, tile_rows) * tile_rows
-    stats = torch.empty(2, groups, rows, dtype=torch.float32, device=shift.device)
-    stats[..., tokens * heads :] = 0.0
-    for part, x in zip(stats[..., : tokens * heads].unflatten(2, (tokens, heads)), (shift, delta), strict=True):
-        part.copy_(x.reshape(tokens, groups, heads).transpose(0, 1))
-    return stats
+def group_by_group(x: torch.Tensor, groups: int, group_rows: int) -> torch.Tensor:
+    """Row statistics [T, N] flat, a group's rows, token after token, at every ``group_rows``: whole tiles, because the copy
+    engine faults on lines that begin off 16 bytes. What fills the last tile must be 0, for there p is 0, and so must ds be: one
+    group can be as it lies, since the copy engine reads zeros past the end."""
+    if groups == 1 and x.is_contiguous() and x.data_ptr() % 16 == 0:
+        return x.view(-1)
+    rows = x.numel() // groups
+    flat = torch.empty(groups, group_rows, dtype=torch.float32, device=x.device)
+    flat[:, rows:] = 0.0
+    flat[:, :rows].unflatten(1, (len(x), -1)).copy_(x.unflatten(1, (groups, -1)).transpose(0, 1))
+    return flat.view(-1)
 
 
 def interval_attention_backward_dkv(
@@ -323,7 +323,7 @@ def interval_attention_backward_dkv(
     heads = num_heads // groups
     head, tail = split_width(dk_width)
     rows, slots = _tile(dk_width)
-    stats = pack_statistics(shift, delta, groups, rows)
+    group_rows = triton.cdiv(tokens * heads, rows) * rows
     programs = triton.cdiv(num_keys, 2 * _KEYS) * groups
     splits = splits or query_splits(programs)
     dk = torch.empty(splits, *k.shape, dtype=torch.float32, device=q.device)
@@ -331,8 +331,8 @@ def interval_attention_backward_dkv(
     interval_attention_backward_dkv_hopper_kernel[(programs * splits,)](
         *(tiles(q, (rows // heads, heads, width)) for width in (head, tail or head)), tiles(do, (rows // heads, heads, dv_width)),
         *(tiles(k, (_KEYS, 1, width)) for width in (head, tail or head)), tiles(v, (_KEYS, 1, dv_width)),
-        tiles(stats.view(-1), (rows,)),
-        q_begin, q_end, dk, dv, tokens, num_keys, splits, stats.shape[2], scale, scale * LOG2_E.value,
+        *(tiles(group_by_group(x, groups, group_rows), (rows,)) for x in (shift, delta)),
+        q_begin, q_end, dk, dv, tokens, num_keys, splits, group_rows, scale, scale * LOG2_E.value,
         GROUPS=groups, HEADS=heads, DK_HEAD=head, DK_TAIL=tail, DV=dv_width,
         TOKENS=rows // heads, ROWS=rows, KEYS=_KEYS, STAGES=slots, SEGMENT=max(1, rows_a_sum // rows), num_warps=4,
     )  # fmt: skip

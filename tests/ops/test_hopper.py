@@ -59,6 +59,8 @@ CASES = {
     # Rows of a group that do not begin at 16 bytes of the one before.
     "1 head": Case(2, 2, 64, 64, (0, 130, 431, 433, 701)),
     "2 heads": Case(4, 2, 64, 64, (0, 1, 34, 421)),
+    # Whose row statistics are read where they lie, past their end too.
+    "1 group": Case(8, 1, 64, 128, (0, 1, 34, 421)),
     "64 heads": Case(64, 1, 128, 128, (0, 700)),
     "192/128": Case(32, 2, 192, 128),
     "192/64": Case(8, 2, 192, 64, dtype=torch.float16),
