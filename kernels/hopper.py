@@ -16,17 +16,19 @@ loop's back edge, and no write to registers that a product in flight reads or ad
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor as TritonDescriptor
 
+from .common import split_width
+
 # Gluon is not a stable interface. The first release of Triton that these kernels were run with, and the first they were not.
 _FIRST_TRITON, _UNTRIED_TRITON = (3, 6), (3, 7)
 
 
-@lru_cache(maxsize=None)
+@cache
 def on_hopper(device: torch.device) -> bool:
     """Whether these kernels can run on ``device``: compute capability 9, and a release of Triton that they were run with."""
     release = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -54,7 +56,14 @@ def tiles(x: torch.Tensor, block: tuple[int, ...]) -> TritonDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block), shared_layout(block, x.dtype))
 
 
-@lru_cache(maxsize=None)
+def pair_tiles(x: torch.Tensor, y: torch.Tensor, rows: int, heads: int) -> list[TritonDescriptor]:
+    """Tiles of q and do, or of k and v: the columns of ``x`` that a product takes at once, those behind them (without such, the
+    same again, which nothing fetches), and ``y``."""
+    head, tail = split_width(x.shape[2])
+    return [tiles(x, (rows, heads, head)), tiles(x, (rows, heads, tail or head)), tiles(y, (rows, heads, y.shape[2]))]
+
+
+@cache
 def shared_layout(block: tuple[int, ...], dtype: torch.dtype) -> object:
     """How a tile of shape ``block`` lies in shared memory, so that products can read it there."""
     from triton.experimental.gluon import language as gl
@@ -63,7 +72,7 @@ def shared_layout(block: tuple[int, ...], dtype: torch.dtype) -> object:
     return gl.NVMMASharedLayout.get_default_for(list(block), element)
 
 
-@lru_cache(maxsize=None)
+@cache
 def multiprocessors(device: torch.device) -> int:
     """Programs of one whole multiprocessor each that run at once."""
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -23,7 +23,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from ..common import INT_MAX, LOG2_E, split_width
-from ..hopper import fetchable, tiles
+from ..hopper import fetchable, pair_tiles, tiles
 from ..rings import again, fetch_tile, make_barriers
 from .backward import ROWS_A_SUM, query_splits
 
@@ -130,6 +130,7 @@ def consume(
     """A warp group: 64 keys against all tiles."""
     keys, rings, stats_ring, bounds, kv_full, full, empty = shared
     q_begin_ptr, q_end_ptr, dk_ptr, dv_ptr, first, last, key, num_keys, group, split, scale, scale_log2 = rest
+    # Without a tail dk_tail is a stand-in that nothing reads.
     TAIL: gl.constexpr = DK_TAIL if DK_TAIL > 0 else DK_HEAD
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     DK_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DK_HEAD, 16])
@@ -137,8 +138,8 @@ def consume(
     DV_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     KEY: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
-    k_smem, k_tail_smem, v_smem = keys
-    q_ring, q_tail_ring, do_ring = rings
+    _, _, v_smem = keys
+    q_ring, _, do_ring = rings
     dtype: gl.constexpr = q_ring.dtype
 
     wanted = key + HALF * KEYS + gl.arange(0, KEYS, KEY)
@@ -292,9 +293,12 @@ def takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, do: torch.Tensor) -
 
 
 def group_by_group(x: torch.Tensor, groups: int, group_rows: int) -> torch.Tensor:
-    """Row statistics [T, N] flat, a group's rows, token after token, at every ``group_rows``: whole tiles, because the copy
-    engine faults on lines that begin off 16 bytes. What fills the last tile must be 0, for there p is 0, and so must ds be: one
-    group can be as it lies, since the copy engine reads zeros past the end."""
+    """Row statistics [T, N] as a flat line: the rows of a group, token after token, at every ``group_rows``.
+
+    Those are whole tiles, because the copy engine faults on lines that begin off 16 bytes. What fills the last tile is 0: p is
+    masked there, but ds = 0 x (dp - delta) needs a finite delta. One group that begins at 16 bytes is returned as it lies, T N
+    long: past its end the copy engine reads zeros.
+    """
     if groups == 1 and x.is_contiguous() and x.data_ptr() % 16 == 0:
         return x.view(-1)
     rows = x.numel() // groups
@@ -329,8 +333,7 @@ def interval_attention_backward_dkv(
     dk = torch.empty(splits, *k.shape, dtype=torch.float32, device=q.device)
     dv = torch.empty(splits, *v.shape, dtype=torch.float32, device=q.device)
     interval_attention_backward_dkv_hopper_kernel[(programs * splits,)](
-        *(tiles(q, (rows // heads, heads, width)) for width in (head, tail or head)), tiles(do, (rows // heads, heads, dv_width)),
-        *(tiles(k, (_KEYS, 1, width)) for width in (head, tail or head)), tiles(v, (_KEYS, 1, dv_width)),
+        *pair_tiles(q, do, rows // heads, heads), *pair_tiles(k, v, _KEYS, 1),
         *(tiles(group_by_group(x, groups, group_rows), (rows,)) for x in (shift, delta)),
         q_begin, q_end, dk, dv, tokens, num_keys, splits, group_rows, scale, scale * LOG2_E.value,
         GROUPS=groups, HEADS=heads, DK_HEAD=head, DK_TAIL=tail, DV=dv_width,

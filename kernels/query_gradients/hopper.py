@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..common import INT_MAX, LOG2_E, split_width
-from ..hopper import fetchable, tiles
+from ..hopper import fetchable, pair_tiles
 from ..rings import again, fetch_tile, make_barriers
 from ..selected_attention.unions import Selection, build_unions
 
@@ -183,6 +183,7 @@ def consume(
     DK_HEAD: gl.constexpr, DK_TAIL: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A warp group: 64 query rows against all tiles."""
+    # Without a tail dq_tail is a stand-in that nothing reads.
     TAIL: gl.constexpr = DK_TAIL if DK_TAIL > 0 else DK_HEAD
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, S_LAYOUT, 2)
@@ -355,11 +356,6 @@ def query_gradients(
     head, tail = split_width(dk)
     tile_tokens = ROWS.value // heads
     unions = build_unions(selection, WARP_GROUPS.value * tile_tokens)
-
-    def pair_tiles(x: torch.Tensor, y: torch.Tensor, rows: int, heads: int) -> list[object]:
-        """Tiles of q and do, or of k and v; without a tail its place holds the head's."""
-        return [tiles(x, (rows, heads, head)), tiles(x, (rows, heads, tail or head)), tiles(y, (rows, heads, dv))]
-
     query_gradients_hopper_kernel[(unions.counts.shape[0] * groups,)](
         *pair_tiles(q, do, tile_tokens, heads),
         *(part for branch in range(3) for part in pair_tiles(*keys[2 * branch : 2 * branch + 2], KEYS.value, 1)),

@@ -162,7 +162,7 @@ def _language(scale: str, corpus: Corpus) -> Study:
         hidden = 96 if mini else 32
         model = ModelSettings(
             vocab_size=256, hidden_size=hidden, kv_channels=hidden // 3 if mini else 16, ffn_hidden_size=3 * hidden,
-            rotary=rotary, nsa=_SMALL_NSA,
+            shift=True, rotary=rotary, nsa=_SMALL_NSA,
         )  # fmt: skip
         train = TrainSettings(warmup_steps=20, weight_decay=0.1, betas=(0.9, 0.95), eval_every=50, precision="float32")
     return Study(
