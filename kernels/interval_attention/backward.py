@@ -251,15 +251,15 @@ def _query_tiles(q_begin, q_end, split, splits, TOKENS: tl.constexpr):
 
 @triton.jit
 def store_dkv(
-    dk_ptr, dv_ptr, row, keep, dk, dk_tail, dv, dv_tail, scale,
+    dk_ptr, dv_ptr, row, keep, dk, dk_tail, dv, dv_tail,
     DK: tl.constexpr, DK_HEAD: tl.constexpr, DK_TAIL: tl.constexpr,
     DV: tl.constexpr, DV_HEAD: tl.constexpr, DV_TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Write the kept rows of dk (with its factor scale) and dv."""
-    store_tile(dk_ptr, row * DK, keep, dk * scale, 0, DK_HEAD, DK)
+    """Write the kept rows of dk and dv."""
+    store_tile(dk_ptr, row * DK, keep, dk, 0, DK_HEAD, DK)
     store_tile(dv_ptr, row * DV, keep, dv, 0, DV_HEAD, DV)
     if DK_TAIL > 0:
-        store_tile(dk_ptr, row * DK, keep, dk_tail * scale, DK_HEAD, DK_TAIL, DK)
+        store_tile(dk_ptr, row * DK, keep, dk_tail, DK_HEAD, DK_TAIL, DK)
     if DV_TAIL > 0:
         store_tile(dv_ptr, row * DV, keep, dv_tail, DV_HEAD, DV_TAIL, DV)
 
@@ -324,7 +324,7 @@ def interval_attention_backward_dkv_kernel(
         dk, dk_tail = dk * scale + earlier, dk_tail * scale + earlier_tail
         earlier, earlier_tail = load_wide(dv_ptr, out * DV, written, DV_HEAD, DV_TAIL, DV, True)
         dv, dv_tail = dv + earlier, dv_tail + earlier_tail
-        store_dkv(dk_ptr, dv_ptr, out, keep, dk, dk_tail, dv, dv_tail, 1.0, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL)
+        store_dkv(dk_ptr, dv_ptr, out, keep, dk, dk_tail, dv, dv_tail, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL)
 
 
 def interval_attention_backward(

@@ -241,15 +241,14 @@ def selected_attention_backward_dkv_kernel(
         GROUPS, HEADS, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL, TOKENS, ROWS, False, PRECISION,
     )  # fmt: skip
 
+    dk, dk_tail = dk * scale, dk_tail * scale
     if tl.load(item_offsets_ptr + visit + 1) - tl.load(item_offsets_ptr + visit) == 1:
         row = offset * GROUPS + group
-        store_dkv(dk_ptr, dv_ptr, row, own, dk, dk_tail, dv, dv_tail, scale, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL)
+        store_dkv(dk_ptr, dv_ptr, row, own, dk, dk_tail, dv, dv_tail, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL)
     else:
         slot = tl.load(slot_offsets_ptr + visit) - tl.load(slot_offsets_ptr + first_group * num_blocks) + number
         row = slot.to(tl.int64) * (PARTS * KEYS) + part * KEYS + tl.arange(0, KEYS)
-        store_dkv(
-            dk_parts_ptr, dv_parts_ptr, row, own, dk, dk_tail, dv, dv_tail, scale, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL
-        )
+        store_dkv(dk_parts_ptr, dv_parts_ptr, row, own, dk, dk_tail, dv, dv_tail, DK, DK_HEAD, DK_TAIL, DV, DV_HEAD, DV_TAIL)
 
 
 @triton.jit(do_not_specialize=["num_keys", "num_blocks", "first_group", "base_group"])

@@ -149,21 +149,18 @@ def _language(scale: str, corpus: Corpus) -> Study:
         RotaryConfig(percent=0.5),
         (Claim(metric="trailing_loss", margin=0.005, relative=True, higher_is_better=False),),
     )
+    common = {"vocab_size": 256, "shift": True, "rotary": rotary}
     if scale == "full":
         task = LanguageTask(corpus=corpus, stage=Stage(1600, 2, 8192), valid_batches=16, test_batches=64)
-        model = ModelSettings(
-            vocab_size=256, num_layers=4, hidden_size=256, ffn_hidden_size=704, shift=True, rotary=rotary, nsa=_NSA
-        )  # fmt: skip
+        model = ModelSettings(num_layers=4, hidden_size=256, ffn_hidden_size=704, nsa=_NSA, **common)
         train = TrainSettings(warmup_steps=150, weight_decay=0.1, betas=(0.9, 0.95), eval_every=200)
     else:
         mini = scale == "mini"
         stage = Stage(300, 8, 1024) if mini else Stage(6, 2, 256)
         task = LanguageTask(corpus=corpus, stage=stage, valid_batches=2, test_batches=4 if mini else 2)
         hidden = 96 if mini else 32
-        model = ModelSettings(
-            vocab_size=256, hidden_size=hidden, kv_channels=hidden // 3 if mini else 16, ffn_hidden_size=3 * hidden,
-            shift=True, rotary=rotary, nsa=_SMALL_NSA,
-        )  # fmt: skip
+        channels = hidden // 3 if mini else 16
+        model = ModelSettings(hidden_size=hidden, kv_channels=channels, ffn_hidden_size=3 * hidden, nsa=_SMALL_NSA, **common)
         train = TrainSettings(warmup_steps=20, weight_decay=0.1, betas=(0.9, 0.95), eval_every=50, precision="float32")
     return Study(
         name="language", scale=scale, title="Language modelling on bytes of Python sources", task=task, model=model, train=train,
