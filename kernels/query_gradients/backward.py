@@ -7,6 +7,7 @@ beside a float32 dq of the others.) What each branch adds is described in the ba
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ..common import LOG2_E, channels_last, check_heads, copies_in_bulk, key_arguments, widths, zeros_wide
-from ..hopper import on_hopper
+from ..hopper import fetchable, on_hopper
 from ..interval_attention.backward import add_interval_dq, query_tile, store_dq
 from ..selected_attention import by_block
 from ..selected_attention.backward import add_selected_dq
@@ -38,6 +39,7 @@ class _Task(NamedTuple):
     Args:
         branches: window, compressed tokens, selected.
         ranges: begin and end in the window, begin and end of compressed tokens.
+        begun: what only :func:`_on_hopper` takes.
     """
 
     q: torch.Tensor
@@ -47,6 +49,7 @@ class _Task(NamedTuple):
     selection: Selection
     scale: float
     dq: torch.Tensor
+    begun: torch.Tensor | None = None
 
     @property
     def heads(self) -> int:
@@ -138,6 +141,7 @@ def query_gradients(
     config: TileConfig | None = None,
     bulk: bool | None = None,
     hopper: bool = True,
+    begun: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Gradient of the queries over all three branches.
 
@@ -152,6 +156,9 @@ def query_gradients(
         config: tile shape instead of the table's.
         bulk: fetch keys and values by the copy engine, instead of where it can.
         hopper: let ``hopper.py`` do it where it can, unless ``config`` or ``bulk`` is given.
+        begun: dq of the compressed tokens, which then add no more, as
+            ``interval_attention.hopper_whole_backward`` leaves it. Only where :func:`goes_to_hopper`; the selected branch's keys,
+            which may have come later, are copied where the copy engine cannot fetch them.
 
     Returns:
         [T, N, Dk] in the dtype of q or of ``out``, accumulated in float32.
@@ -167,17 +174,35 @@ def query_gradients(
         raise ValueError(f"out {tuple(dq.shape)} must have the shape {tuple(q.shape)} of q and contiguous channels")
     if len(q) == 0:
         return dq
+    if begun is not None:
+        selected = selected._replace(k=_fetchable(selected.k), v=_fetchable(selected.v))
     branches, ranges = (window, compressed, selected), (*window_range, *compressed_range)
-    task = _Task(channels_last(q), channels_last(do), branches, ranges, selection, scale, dq)
+    task = _Task(channels_last(q), channels_last(do), branches, ranges, selection, scale, dq, begun)
     # ``config`` and ``bulk`` are settings of the unions' kernel.
     any_way = config is None and bulk is None
-    if any_way and heads <= by_block.MOST_HEADS_DQ and by_block.fits(selection.block_size, selected.k, selected.v):
+    if any_way and _suits_blocks(heads, selection.block_size, selected.k, selected.v):
         _by_block(task)
-    elif any_way and hopper and _suits_hopper(task):
+    elif any_way and hopper and _suits_hopper(task.q, task.do, task.keys, selection.block_size):
         _on_hopper(task)
     else:
         _by_unions(task, config, bulk)
     return dq
+
+
+def goes_to_hopper(q: torch.Tensor, do: torch.Tensor, keys: Sequence[torch.Tensor], block_size: int) -> bool:
+    """Whether :func:`query_gradients` takes such tensors to ``hopper.py``. ``keys``: k and v of the branches, or of some of them
+    if the others lie as well."""
+    k, v = keys[:2]
+    by_blocks = _suits_blocks(q.shape[1] // k.shape[1], block_size, k, v)
+    return not by_blocks and _suits_hopper(q, do, keys, block_size)
+
+
+def _fetchable(x: torch.Tensor) -> torch.Tensor:
+    return x if fetchable(x) else x.clone(memory_format=torch.contiguous_format)
+
+
+def _suits_blocks(heads: int, block_size: int, k: torch.Tensor, v: torch.Tensor) -> bool:
+    return heads <= by_block.MOST_HEADS_DQ and by_block.fits(block_size, k, v)
 
 
 def _by_block(task: _Task) -> None:
@@ -188,16 +213,17 @@ def _by_block(task: _Task) -> None:
         _by_unions(base)
         return base.dq
 
+    assert task.begun is None
     k, v, *statistics = task.branches[2]
     by_block.query_gradients(task.q, k, v, task.do, *statistics, task.selection, task.scale, task.dq, base_of=base_of)
 
 
-def _suits_hopper(task: _Task) -> bool:
-    if not on_hopper(task.q.device):
+def _suits_hopper(q: torch.Tensor, do: torch.Tensor, keys: Sequence[torch.Tensor], block_size: int) -> bool:
+    if not on_hopper(q.device):
         return False
     from . import hopper
 
-    return hopper.takes(task.q, task.do, task.keys, task.selection.block_size)
+    return hopper.takes(q, do, keys, block_size)
 
 
 def _on_hopper(task: _Task) -> None:
@@ -205,12 +231,13 @@ def _on_hopper(task: _Task) -> None:
     from . import hopper
 
     statistics = [x.contiguous() for branch in task.branches for x in (branch.shift, branch.delta)]
-    hopper.query_gradients(task.q, task.do, task.keys, statistics, task.ranges, task.selection, task.scale, task.dq)
+    hopper.query_gradients(task.q, task.do, task.keys, statistics, task.ranges, task.selection, task.scale, task.dq, task.begun)
 
 
 def _by_unions(task: _Task, config: TileConfig | None = None, bulk: bool | None = None) -> None:
     """The selected branch over the union of the blocks that the tokens of a query tile chose."""
-    q, do, branches, ranges, selection, scale, dq = task
+    q, do, branches, ranges, selection, scale, dq, begun = task
+    assert begun is None, "only the kernel of hopper.py reads it"
     (tokens, _, dk), (num_keys, groups, dv), heads = q.shape, branches[2].v.shape, task.heads
     config = config or tile_config("query_gradients", q.dtype, q.device, heads, max(dk, dv))
     unions = build_unions(selection, config.tokens(heads))

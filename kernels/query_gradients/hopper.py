@@ -8,11 +8,17 @@ have no room for do beside both parts of q and dq: it has a place of its own, fr
 
 Per tile and warp group: issue S = Q K^T and dP = dO V^T; the exponentials run while dP does, and beside the other warp group's
 products; dq += dS K.
+
+Where ``interval_attention/hopper_whole_backward.py`` has made the compressed tokens' dq beside their dk and dv, a warp group
+starts from its tile of that buffer, [16, 128, 4] floats in the order of its own registers, and they are not fetched.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -53,7 +59,7 @@ def fetch_keys(
 def fetch(
     q_descs, win_descs, cmp_descs, slc_descs, ring, do_smem, ranges, entries_ptr, token, group,
     TOKENS: gl.constexpr, HEADS: gl.constexpr, DK_HEAD: gl.constexpr, DK_TAIL: gl.constexpr, DV: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, BEGUN: gl.constexpr,
 ):  # fmt: skip
     """The fetching warp."""
     win_start, win_stop, cmp_start, cmp_stop, slc_stop, steps, full_steps = ranges
@@ -67,8 +73,9 @@ def fetch(
     count = gl.to_tensor(WARP_GROUPS)
     for key in range(win_start // KEYS * KEYS, win_stop, KEYS):
         count = fetch_keys(win_descs, key, group, count, ring, DK_HEAD, DK_TAIL, DV, STAGES)
-    for key in range(cmp_start // KEYS * KEYS, cmp_stop, KEYS):
-        count = fetch_keys(cmp_descs, key, group, count, ring, DK_HEAD, DK_TAIL, DV, STAGES)
+    if not BEGUN:
+        for key in range(cmp_start // KEYS * KEYS, cmp_stop, KEYS):
+            count = fetch_keys(cmp_descs, key, group, count, ring, DK_HEAD, DK_TAIL, DV, STAGES)
     entry = gl.load(entries_ptr)
     for step in range(steps):
         following = gl.load(entries_ptr + gl.minimum(step + 1, steps - 1))
@@ -176,11 +183,22 @@ def store(dq_ptr, x, column, first_token, group, num_tokens, stride_t, stride_h,
 
 
 @gluon.jit
+def load_begun(begun_ptr, number, LAYOUT: gl.constexpr):
+    """Tile ``number`` of the buffer, [ROWS, 128] in LAYOUT, whose registers lie there in order: quad b of thread i at
+    (128 b + i) * 4."""
+    FLAT: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+    flat = gl.load(begun_ptr + number.to(gl.int64) * (ROWS * 128) + gl.arange(0, ROWS * 128, FLAT))
+    # Block of 8 columns, warp, row of 8, pair of columns, upper or lower 8 rows, column of the pair.
+    tile = flat.reshape([16, 4, 8, 4, 2, 2]).permute([1, 4, 2, 0, 3, 5]).reshape([ROWS, 128])
+    return gl.convert_layout(tile, LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
 def consume(
     PART: gl.constexpr, ring, do_smem, ranges, win_stats, cmp_stats, slc_stats, row_pointers, entries_ptr,
-    dq_ptr, dq_stride_t, dq_stride_h, first_token, group, num_tokens, scale, scale_log2,
+    begun_ptr, dq_ptr, dq_stride_t, dq_stride_h, first_token, group, num_tokens, scale, scale_log2,
     GROUPS: gl.constexpr, HEADS: gl.constexpr, TOKENS: gl.constexpr,
-    DK_HEAD: gl.constexpr, DK_TAIL: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
+    DK_HEAD: gl.constexpr, DK_TAIL: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, BEGUN: gl.constexpr,
 ):  # fmt: skip
     """A warp group: 64 query rows against all tiles."""
     # Without a tail dq_tail is a stand-in that nothing reads.
@@ -207,18 +225,25 @@ def consume(
             do = do_smem if DK_TAIL > 0 else do_smem.index(part).reshape([ROWS, DV]).load(OPERAND)
         mbarrier.arrive(empty.index(part))
     rows = (q, q_tail, do, gl.to_tensor(PART))
-    dq = gl.zeros([ROWS, DK_HEAD], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DK_HEAD, 16]))
+    DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DK_HEAD, 16])
+    if BEGUN:
+        # Without rows of its own a warp group takes the last tile, and stores nothing.
+        number = group * gl.cdiv(num_tokens, TOKENS) + gl.minimum(first_token, num_tokens - 1) // TOKENS
+        dq = load_begun(begun_ptr, number, DQ_LAYOUT)
+    else:
+        dq = gl.zeros([ROWS, DK_HEAD], gl.float32, DQ_LAYOUT)
     dq_tail = gl.zeros([ROWS, TAIL], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TAIL, 16]))
     shift, delta = statistics(win_stats, stats, valid)
     dq, dq_tail, count = add_interval(
         dq, dq_tail, gl.to_tensor(WARP_GROUPS), rows, ring, shift, delta, gl.load(win_begin_ptr + token),
         gl.load(win_end_ptr + token), win_start, win_stop, scale_log2, S_LAYOUT, DK_HEAD, DK_TAIL, DV, STAGES,
     )  # fmt: skip
-    shift, delta = statistics(cmp_stats, stats, valid)
-    dq, dq_tail, count = add_interval(
-        dq, dq_tail, count, rows, ring, shift, delta, gl.load(cmp_begin_ptr + token), gl.load(cmp_end_ptr + token),
-        cmp_start, cmp_stop, scale_log2, S_LAYOUT, DK_HEAD, DK_TAIL, DV, STAGES,
-    )  # fmt: skip
+    if not BEGUN:
+        shift, delta = statistics(cmp_stats, stats, valid)
+        dq, dq_tail, count = add_interval(
+            dq, dq_tail, count, rows, ring, shift, delta, gl.load(cmp_begin_ptr + token), gl.load(cmp_end_ptr + token),
+            cmp_start, cmp_stop, scale_log2, S_LAYOUT, DK_HEAD, DK_TAIL, DV, STAGES,
+        )  # fmt: skip
 
     shift, delta = statistics(slc_stats, stats, valid)
     limit = gl.load(key_start_ptr + token) + gl.load(position_ptr + token) + 1
@@ -257,12 +282,12 @@ def seen_range(begin_ptr, end_ptr, token):
 @gluon.jit(do_not_specialize=["num_tokens"])
 def query_gradients_hopper_kernel(
     q_desc, q_tail_desc, do_desc, win_k, win_k_tail, win_v, cmp_k, cmp_k_tail, cmp_v, slc_k, slc_k_tail, slc_v,
-    dq_ptr, dq_stride_t, dq_stride_h,
+    begun_ptr, dq_ptr, dq_stride_t, dq_stride_h,
     win_shift_ptr, win_delta_ptr, cmp_shift_ptr, cmp_delta_ptr, slc_shift_ptr, slc_delta_ptr,
     win_begin_ptr, win_end_ptr, cmp_begin_ptr, cmp_end_ptr, entries_ptr, counts_ptr, position_ptr, key_start_ptr,
     num_tokens, scale, scale_log2,
     GROUPS: gl.constexpr, HEADS: gl.constexpr, DK_HEAD: gl.constexpr, DK_TAIL: gl.constexpr, DV: gl.constexpr,
-    TOKENS: gl.constexpr, ENTRIES: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
+    TOKENS: gl.constexpr, ENTRIES: gl.constexpr, STAGES: gl.constexpr, BEGUN: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Groups one after the other, so that one group's keys and values stay in the cache; late tiles, which see most, first."""
     num_tiles = gl.cdiv(num_tokens, WARP_GROUPS * TOKENS)
@@ -301,18 +326,18 @@ def query_gradients_hopper_kernel(
         [
             (consume, (
                 gl.constexpr(0), ring, do_smem, ranges, win_stats, cmp_stats, slc_stats, row_pointers,
-                entries_ptr, dq_ptr, dq_stride_t, dq_stride_h, first_token, group, num_tokens, scale, scale_log2,
-                GROUPS, HEADS, TOKENS, DK_HEAD, DK_TAIL, DV, STAGES,
+                entries_ptr, begun_ptr, dq_ptr, dq_stride_t, dq_stride_h, first_token, group, num_tokens, scale, scale_log2,
+                GROUPS, HEADS, TOKENS, DK_HEAD, DK_TAIL, DV, STAGES, BEGUN,
             )),
             (consume, (
                 gl.constexpr(1), ring, do_smem, ranges, win_stats, cmp_stats, slc_stats, row_pointers,
-                entries_ptr, dq_ptr, dq_stride_t, dq_stride_h, first_token, group, num_tokens, scale, scale_log2,
-                GROUPS, HEADS, TOKENS, DK_HEAD, DK_TAIL, DV, STAGES,
+                entries_ptr, begun_ptr, dq_ptr, dq_stride_t, dq_stride_h, first_token, group, num_tokens, scale, scale_log2,
+                GROUPS, HEADS, TOKENS, DK_HEAD, DK_TAIL, DV, STAGES, BEGUN,
             )),
             (fetch, (
                 (q_desc, q_tail_desc, do_desc), (win_k, win_k_tail, win_v), (cmp_k, cmp_k_tail, cmp_v),
                 (slc_k, slc_k_tail, slc_v), ring, do_smem, ranges, entries_ptr, first_token, group,
-                TOKENS, HEADS, DK_HEAD, DK_TAIL, DV, STAGES,
+                TOKENS, HEADS, DK_HEAD, DK_TAIL, DV, STAGES, BEGUN,
             )),
         ],
         [4, 1],
@@ -320,7 +345,7 @@ def query_gradients_hopper_kernel(
     )  # fmt: skip
 
 
-def takes(q: torch.Tensor, do: torch.Tensor, keys: list[torch.Tensor], block_size: int) -> bool:
+def takes(q: torch.Tensor, do: torch.Tensor, keys: Sequence[torch.Tensor], block_size: int) -> bool:
     """Whether :func:`query_gradients` is for these: widths of 64 or 128 (also 192 of q and k), 4 to 64 heads a group, a power
     of two (more tokens a tile than 32 do not fit the union's masks), blocks of 64, all fetchable. ``keys``: k, v by branch."""
     heads = q.shape[1] // keys[0].shape[1]
@@ -343,6 +368,7 @@ def query_gradients(
     selection: Selection,
     scale: float,
     dq: torch.Tensor,
+    begun: torch.Tensor | None = None,
 ) -> None:
     """As the Triton twin in ``backward.py``, for tensors of which :func:`takes` is true; dq [T, N, Dk] is written.
 
@@ -350,17 +376,20 @@ def query_gradients(
         keys: k and v of the window, the compressed tokens and the selected branch.
         statistics: their shifts and deltas, contiguous, in the same order.
         ranges: begin and end of the rows that a query sees in the window, then of compressed tokens.
+        begun: float32 [G, tiles, 16, 128, 4], dq of the compressed tokens, which then add nothing, as
+            ``interval_attention_whole_backward`` leaves it.
     """
     (tokens, num_heads, dk), groups, dv = q.shape, keys[0].shape[1], do.shape[2]
     heads = num_heads // groups
     head, tail = split_width(dk)
     tile_tokens = ROWS.value // heads
+    assert begun is None or (dk == 128 and begun.shape == (groups, triton.cdiv(tokens, tile_tokens), 16, 128, 4))
     unions = build_unions(selection, WARP_GROUPS.value * tile_tokens)
     query_gradients_hopper_kernel[(unions.counts.shape[0] * groups,)](
         *pair_tiles(q, do, tile_tokens, heads),
         *(part for branch in range(3) for part in pair_tiles(*keys[2 * branch : 2 * branch + 2], KEYS.value, 1)),
-        dq, *dq.stride()[:2], *statistics, *ranges,
+        begun, dq, *dq.stride()[:2], *statistics, *ranges,
         unions.entries, unions.counts, selection.position, selection.key_start, tokens, scale, scale * LOG2_E.value,
         GROUPS=groups, HEADS=heads, DK_HEAD=head, DK_TAIL=tail, DV=dv,
-        TOKENS=tile_tokens, ENTRIES=unions.entries.shape[-1], STAGES=_SLOTS, num_warps=4,
+        TOKENS=tile_tokens, ENTRIES=unions.entries.shape[-1], STAGES=_SLOTS, BEGUN=begun is not None, num_warps=4,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,12 @@ from nsa_cp.ops.plan import NSAPlan
 from nsa_cp.ops.selected import selected_attention_backward, selection_of
 
 KeyGradients = tuple[torch.Tensor, torch.Tensor]
+
+# On Hopper: dq of the compressed branch beside its dk and dv, 5 products a tile in place of 3 and 4 in two kernels, for a float32
+# buffer of dq in memory. Off until its kernel has been checked and timed on a GPU.
+FIVE_PRODUCTS = False
+# Bytes of that buffer, unless one group takes more.
+_BUFFER_BYTES = 1 << 30
 
 
 class Branch(NamedTuple):
@@ -44,6 +51,35 @@ class ChosenBlocks:
         return part
 
 
+def makes_five_products(q: torch.Tensor, grad: torch.Tensor, keys: Sequence[torch.Tensor], plan: NSAPlan, backend: str) -> bool:
+    """Whether the compressed branch's backward makes dq, too: where its kernel takes these tensors and the one for dq of all
+    branches reads the buffer as it lies.
+
+    Args:
+        q, grad: as of :class:`BranchesBackward`. keys: k, v of one or more branches.
+    """
+    if not FIVE_PRODUCTS or backend != "triton":
+        return False
+    from nsa_cp.kernels.query_gradients.backward import goes_to_hopper
+
+    if not goes_to_hopper(q, grad, keys, plan.config.select_block_size):
+        return False
+    from nsa_cp.kernels.interval_attention.hopper_whole_backward import takes
+
+    return takes(q, *keys[:2], grad)
+
+
+def most_groups(q: torch.Tensor, grad: torch.Tensor, keys: Sequence[torch.Tensor], plan: NSAPlan, backend: str) -> int:
+    """K/V groups to take at once: those whose dq in float32 is at most ``_BUFFER_BYTES``, at least one; all where there is no
+    such buffer. Arguments as of :func:`makes_five_products`."""
+    groups = keys[0].shape[1]
+    if not makes_five_products(q, grad, keys, plan, backend):
+        return groups
+    from nsa_cp.kernels.interval_attention.hopper_whole_backward import dq_bytes
+
+    return max(1, min(groups, _BUFFER_BYTES // dq_bytes(q.shape[0], q.shape[1] // groups)))
+
+
 class BranchesBackward:
     """Gradients of the gated sum of the branches, whose gates are part of the statistics.
 
@@ -60,6 +96,8 @@ class BranchesBackward:
         self.branches: list[Branch] = []
         # The torch path's sum over the branches so far.
         self.dq: torch.Tensor | None = None
+        # The compressed branch's dq where it is there already, as its kernel leaves it.
+        self.begun: torch.Tensor | None = None
 
     def window(self, branch: Branch) -> KeyGradients:
         """dk, dv of the window's buffer."""
@@ -67,7 +105,15 @@ class BranchesBackward:
 
     def compressed(self, branch: Branch) -> KeyGradients:
         """dk, dv of the compressed tokens."""
-        return self._interval(branch, self.plan.compressed_intervals)
+        keys = [x for each in (branch, *self.branches) for x in (each.k, each.v)]
+        if not makes_five_products(self.q, self.grad, keys, self.plan, self.backend):
+            return self._interval(branch, self.plan.compressed_intervals)
+        from nsa_cp.kernels.interval_attention.hopper_whole_backward import interval_attention_whole_backward as kernel
+
+        self.branches.append(branch)
+        inputs = (self.q, branch.k, branch.v, self.grad, *branch.statistics)
+        self.begun, *gradients = kernel(*inputs, *self.plan.compressed_intervals.of_keys, self._scale)
+        return tuple(gradients)
 
     def selected(self, branch: Branch) -> KeyGradients:
         """dk, dv of the whole sequence."""
@@ -94,7 +140,8 @@ class BranchesBackward:
         window, compressed, selected = (kernel.Branch(b.k, b.v, *b.statistics) for b in self.branches)
         ranges = (plan.window_intervals.of_queries, plan.compressed_intervals.of_queries)
         selection = selection_of(self.chosen.blocks, plan)
-        kernel.query_gradients(self.q, self.grad, window, compressed, selected, *ranges, selection, self._scale, out=out)
+        branches = (window, compressed, selected)
+        kernel.query_gradients(self.q, self.grad, *branches, *ranges, selection, self._scale, out=out, begun=self.begun)
 
     @property
     def _scale(self) -> float:

@@ -28,7 +28,7 @@ from nsa_cp.context_parallel import (
     start_agreement,
 )
 from nsa_cp.context_parallel.autograd import exact_backward, exact_forward
-from nsa_cp.ops.branches import Branch, BranchesBackward, ChosenBlocks
+from nsa_cp.ops.branches import Branch, BranchesBackward, ChosenBlocks, most_groups
 from nsa_cp.ops.checks import check_heads, check_rows
 from nsa_cp.ops.compression import CompressorWeights, check_compressor_weights, compress
 from nsa_cp.ops.dispatch import accumulator_dtype, resolve_backend
@@ -196,7 +196,8 @@ class _Branches(torch.autograd.Function):
         k_buffer, v_buffer, k_window, v_window = halo.wait()
         compression = _RecomputedCompression(call, k_buffer, v_buffer, weights)
         gathered = RowGather(compression.outputs, plan.compressed_partition, call.group)
-        raw = _GroupGather(call, k_slc, v_slc)
+        at_once = most_groups(q, grad, (k_window, v_window), plan, call.backend)
+        raw = _GroupGather(call, k_slc, v_slc, at_once)
         k_whole = v_whole = None
         dq = torch.empty_like(q, memory_format=torch.contiguous_format)
         in_flight: list[tuple[tuple[torch.Tensor, ...], RowReduceScatter, RowReduceScatter]] = []
@@ -250,11 +251,14 @@ class _GatedSum(torch.autograd.Function):
 
 
 class _GroupGather:
-    """Whole K and V of the selected branch, a slice of groups at a time: the first is on its way from construction."""
+    """Whole K and V of the selected branch, a slice of groups at a time: the first is on its way from construction.
 
-    def __init__(self, call: _Call, k: torch.Tensor, v: torch.Tensor) -> None:
+    ``most``: at most so many groups at a time.
+    """
+
+    def __init__(self, call: _Call, k: torch.Tensor, v: torch.Tensor, most: int | None = None) -> None:
         self.call, self.k, self.v = call, k, v
-        at_once = call.groups_at_once(k.shape[1])
+        at_once = call.groups_at_once(most or k.shape[1])
         self.slices = [slice(g, min(g + at_once, k.shape[1])) for g in range(0, k.shape[1], at_once)]
         self.pending = self._start(self.slices[0])
 

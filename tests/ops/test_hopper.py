@@ -11,18 +11,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsa_cp.config import NSAConfig
+from nsa_cp.config import NSAConfig, RotaryConfig
 from nsa_cp.context_parallel import SequenceLayout
 from nsa_cp.kernels.block_selection import forward as selection
 from nsa_cp.kernels.hopper import on_hopper
-from nsa_cp.kernels.interval_attention.backward import ROWS_A_SUM, interval_attention_backward_dkv
+from nsa_cp.kernels.interval_attention.backward import (
+    ROWS_A_SUM,
+    interval_attention_backward,
+    interval_attention_backward_dkv,
+)
 from nsa_cp.kernels.interval_attention.forward import interval_attention_forward, interval_lse
 from nsa_cp.kernels.query_gradients.backward import Branch, query_gradients
 from nsa_cp.kernels.selected_attention.backward import selected_attention_backward_dkv
 from nsa_cp.kernels.selected_attention.unions import Selection, find_visitors
+from nsa_cp.ops import branches as ops_branches
 from nsa_cp.ops.plan import NSAPlan, get_plan
 from nsa_cp.ops.selected import selection_of
 from nsa_cp.testing import assert_close
+from nsa_cp.testing.cases import make_problem, solve
 
 DEVICE = torch.device("cuda", 0)
 pytestmark = [
@@ -65,6 +71,13 @@ CASES = {
     "192/128": Case(32, 2, 192, 128),
     "192/64": Case(8, 2, 192, 64, dtype=torch.float16),
     "192, long": Case(64, 4, 192, 128, (0, 4097)),
+}
+# Of 5 products: widths of 128.
+WHOLE_CASES = {name: case for name, case in CASES.items() if case.dk == case.dv == 128} | {
+    "float16": Case(32, 4, 128, 128, dtype=torch.float16),
+    "4 heads": Case(4, 1, 128, 128, (0, 1, 34, 421)),
+    "1 head": Case(2, 2, 128, 128, (0, 130, 431, 433, 701)),
+    "longer": Case(64, 4, 128, 128, (0, 3000, 3011, 20011)),
 }
 
 
@@ -212,26 +225,124 @@ def test_long_sums_do_not_shrink(hopper: bool) -> None:
     assert loss(tokens * heads) > 3e-3
 
 
+def _whole_backward(*arguments: object, **options: object) -> tuple[Tensor, Tensor, Tensor]:
+    from nsa_cp.kernels.interval_attention.hopper_whole_backward import interval_attention_whole_backward, takes
+
+    assert takes(*arguments[:4])
+    return interval_attention_whole_backward(*arguments, **options)
+
+
+def _as_rows(dq: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    from nsa_cp.kernels.interval_attention.hopper_whole_backward import unpack
+
+    return unpack(dq, len(q), q.shape[1] // k.shape[1]) * SCALE
+
+
+@pytest.mark.parametrize("name", ["window", "compressed"])
+@pytest.mark.parametrize("case", WHOLE_CASES)
+def test_whole_backward(case: str, name: str) -> None:
+    """dq, dk and dv in 5 products, in one chunk and in several."""
+    problem = WHOLE_CASES[case]
+    rows, bounds, of_keys = _intervals(_plan(problem), name)
+    q, do = _queries(problem)
+    k, v = _hidden_keys(problem, rows)
+    statistics = _statistics(problem, q, k, v, bounds)
+    expected = interval_attention_backward(q, k, v, do, *statistics, *bounds, *of_keys, SCALE, bulk=False)
+    arguments = (q, k, v, do, *statistics, *of_keys, SCALE)
+    for chunk in (None, 13, 1 << 20):
+        dq, dk, dv = _whole_backward(*arguments, chunk=chunk)
+        assert_close([_as_rows(dq, q, k), dk, dv], list(expected), max_relative_error=1e-3, name=f"chunks of {chunk}")
+        assert all(x[:MARGIN].eq(0).all() and x[-MARGIN:].eq(0).all() for x in (dk, dv))
+        for _ in range(3):
+            again = _whole_backward(*arguments, chunk=chunk)
+            assert all(torch.equal(a, b) for a, b in zip((dq, dk, dv), again, strict=True))
+
+
+def test_whole_backward_of_intervals_in_no_order() -> None:
+    """Any queries of any key, some of none, against float64."""
+    tokens, heads, keys, width = 701, 16, 400, 128
+    q, do = (torch.randn(tokens, heads, width, device=DEVICE).bfloat16() for _ in range(2))
+    k, v = (torch.randn(keys, 1, width, device=DEVICE).bfloat16() for _ in range(2))
+    shift, delta = 6 + torch.rand(tokens, heads, device=DEVICE), torch.randn(tokens, heads, device=DEVICE)
+    begin, end = torch.randint(0, tokens + 1, (2, keys), device=DEVICE).sort(0).values.to(torch.int32)
+    end[3::17] = 0
+    token = torch.arange(tokens, device=DEVICE)[:, None]
+    visible = ((token >= begin) & (token < end))[:, None]
+    wide_q, wide_do, wide_k, wide_v = q.double(), do.double(), k[:, 0].double(), v[:, 0].double()
+    p = torch.where(visible, (wide_q @ wide_k.T * SCALE - shift[..., None]).exp(), 0.0)
+    ds = p * (wide_do @ wide_v.T - delta[..., None])
+    dk, dv = (torch.einsum("thm,thd->md", x, y)[:, None] for x, y in ((ds * SCALE, wide_q), (p, wide_do)))
+    dq, *key_gradients = _whole_backward(q, k, v, do, shift, delta, begin, end, SCALE, chunk=16)
+    found = [x.double() for x in (_as_rows(dq, q, k), *key_gradients)]
+    # p and ds are rounded to 8 bits.
+    assert_close(found, [ds @ wide_k * SCALE, dk, dv], max_relative_error=1e-2, name="gradients")
+
+
+def _query_gradients_problem(case: Case, plan: NSAPlan, drifting: bool) -> tuple:
+    """q, do, the three branches, their ranges and choices; and the queries of each compressed token."""
+    q, do = _queries(case)
+    branches, ranges = [], []
+    for name in ("window", "compressed"):
+        rows, bounds, of_keys = _intervals(plan, name)
+        k, v = _hidden_keys(case, rows)
+        branches.append(Branch(k, v, *_statistics(case, q, k, v, bounds)))
+        ranges.append(bounds)
+    # The selected branch's keys end with the last document's.
+    k, v = _hidden_keys(case, case.documents[-1], behind=0)
+    branches.append(Branch(k, v, torch.randn(q.shape[:2], device=DEVICE) + 3, torch.randn(q.shape[:2], device=DEVICE)))
+    return q, do, branches, ranges, _choices(plan, case.groups, drifting), of_keys
+
+
 @pytest.mark.parametrize("drifting", [False, True], ids=["random", "drifting"])
 @pytest.mark.parametrize("case", CASES)
 def test_query_gradients(case: str, drifting: bool) -> None:
     problem = CASES[case]
-    plan = _plan(problem)
-    q, do = _queries(problem)
-    branches, ranges = [], []
-    for name in ("window", "compressed"):
-        rows, bounds, _ = _intervals(plan, name)
-        k, v = _hidden_keys(problem, rows)
-        branches.append(Branch(k, v, *_statistics(problem, q, k, v, bounds)))
-        ranges.append(bounds)
-    # The selected branch's keys end with the last document's.
-    k, v = _hidden_keys(problem, problem.documents[-1], behind=0)
-    branches.append(Branch(k, v, torch.randn(q.shape[:2], device=DEVICE) + 3, torch.randn(q.shape[:2], device=DEVICE)))
-    chosen = _choices(plan, problem.groups, drifting)
-    expected = query_gradients(q, do, *branches, *ranges, chosen, SCALE, hopper=False)
-    dq = query_gradients(q, do, *branches, *ranges, chosen, SCALE)
+    q, do, parts, ranges, chosen, _ = _query_gradients_problem(problem, _plan(problem), drifting)
+    expected = query_gradients(q, do, *parts, *ranges, chosen, SCALE, hopper=False)
+    dq = query_gradients(q, do, *parts, *ranges, chosen, SCALE)
     assert_close(dq, expected, max_relative_error=1e-3, name="dq")
-    assert torch.equal(dq, query_gradients(q, do, *branches, *ranges, chosen, SCALE))
+    assert torch.equal(dq, query_gradients(q, do, *parts, *ranges, chosen, SCALE))
+
+
+@pytest.mark.parametrize("case", [name for name, case in WHOLE_CASES.items() if case.heads // case.groups >= 4])
+def test_query_gradients_from_the_compressed_ones(case: str) -> None:
+    """The compressed branch's dq in, its keys not read; the same with selected keys that the copy engine cannot fetch."""
+    problem = WHOLE_CASES[case]
+    q, do, (window, compressed, selected), ranges, chosen, of_keys = _query_gradients_problem(problem, _plan(problem), True)
+    expected = query_gradients(q, do, window, compressed, selected, *ranges, chosen, SCALE, hopper=False)
+    begun, *_ = _whole_backward(q, compressed.k, compressed.v, do, compressed.shift, compressed.delta, *of_keys, SCALE)
+    unread = compressed._replace(k=torch.full_like(compressed.k, float("nan")))
+    dq = query_gradients(q, do, window, unread, selected, *ranges, chosen, SCALE, begun=begun)
+    assert_close(dq, expected, max_relative_error=1e-3, name="dq")
+    assert torch.equal(dq, query_gradients(q, do, window, unread, selected, *ranges, chosen, SCALE, begun=begun))
+    odd = torch.zeros(*selected.k.shape[:2], problem.dk + 1, dtype=problem.dtype, device=DEVICE)[..., 1:]
+    selected = selected._replace(k=odd.copy_(selected.k))
+    assert torch.equal(dq, query_gradients(q, do, window, unread, selected, *ranges, chosen, SCALE, begun=begun))
+
+
+@pytest.mark.parametrize("buffer_bytes", [1 << 30, 1], ids=["all groups", "group by group"])
+def test_five_products_in_the_whole(buffer_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The switch changes no more than rounding, and two runs of it give the same bits."""
+    settings = {"num_heads": 64, "num_groups": 4, "qk_dim": 128, "v_dim": 128, "rotary": RotaryConfig(), "dtype": torch.bfloat16}
+    problem = make_problem(NSAConfig(backend="triton"), PACKED, **settings).to("cuda")
+    expected = solve(problem)
+    monkeypatch.setattr(ops_branches, "FIVE_PRODUCTS", True)
+    monkeypatch.setattr(ops_branches, "_BUFFER_BYTES", buffer_bytes)
+    target = "nsa_cp.kernels.interval_attention.hopper_whole_backward.interval_attention_whole_backward"
+    with mock.patch(target, side_effect=_whole_backward_itself()) as called:
+        answers = solve(problem)
+    assert called.call_count == (1 if buffer_bytes > 1 else 4)
+    again = solve(problem)
+    for key, value in expected.items():
+        assert torch.equal(answers[key], again[key]), key
+        if key != "blocks":
+            assert_close(answers[key], value, max_relative_error=5e-3, name=key)
+
+
+def _whole_backward_itself() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    from nsa_cp.kernels.interval_attention.hopper_whole_backward import interval_attention_whole_backward
+
+    return interval_attention_whole_backward
 
 
 @pytest.mark.parametrize("drifting", [False, True], ids=["random", "drifting"])
