@@ -15,10 +15,7 @@ from nsa_cp.ops.selected import selected_attention_backward, selection_of
 
 KeyGradients = tuple[torch.Tensor, torch.Tensor]
 
-# On Hopper: dq of the compressed branch beside its dk and dv, 5 products a tile in place of 3 and 4 in two kernels, for a float32
-# buffer of dq in memory. Off until its kernel has been checked and timed on a GPU.
-FIVE_PRODUCTS = False
-# Bytes of that buffer, unless one group takes more.
+# Bytes of the buffer with the compressed branch's dq in float32, unless one group takes more.
 _BUFFER_BYTES = 1 << 30
 
 
@@ -52,13 +49,13 @@ class ChosenBlocks:
 
 
 def makes_five_products(q: torch.Tensor, grad: torch.Tensor, keys: Sequence[torch.Tensor], plan: NSAPlan, backend: str) -> bool:
-    """Whether the compressed branch's backward makes dq, too: where its kernel takes these tensors and the one for dq of all
-    branches reads the buffer as it lies.
+    """Whether the compressed branch's backward makes dq, too, in 5 products a tile where two kernels take 4 and 3: where its
+    kernel takes these tensors and the one for dq of all branches reads the buffer as it lies.
 
     Args:
         q, grad: as of :class:`BranchesBackward`. keys: k, v of one or more branches.
     """
-    if not FIVE_PRODUCTS or backend != "triton":
+    if backend != "triton":
         return False
     from nsa_cp.kernels.query_gradients.backward import goes_to_hopper
 

@@ -35,13 +35,6 @@ def _inputs() -> tuple:
     return q, q, (k, k), SimpleNamespace(config=NSAConfig())
 
 
-def test_the_switch_is_off() -> None:
-    """Until the kernel has been measured."""
-    assert not branches.FIVE_PRODUCTS
-    assert not branches.makes_five_products(*_inputs(), "triton")
-    assert branches.most_groups(*_inputs(), "triton") == GROUPS
-
-
 @pytest.mark.parametrize("fitting, expected", [(0, 1), (1, 1), (3, 3), (9, GROUPS)])
 def test_groups_within_the_buffer(fitting: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton.experimental.gluon", reason="Gluon comes with Triton from 3.6 on, for Linux")
@@ -50,19 +43,10 @@ def test_groups_within_the_buffer(fitting: int, expected: int, monkeypatch: pyte
     assert branches.most_groups(*_inputs(), "triton") == expected
 
 
-@pytest.mark.parametrize(
-    "on, backend, where, expected",
-    [
-        (True, "triton", True, True),
-        (False, "triton", True, False),
-        (True, "torch", True, False),
-        (True, "triton", False, False),
-    ],
-)
-def test_who_makes_five_products(on: bool, backend: str, where: bool, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend, hopper, expected", [("triton", True, True), ("torch", True, False), ("triton", False, False)])
+def test_who_makes_five_products(backend: str, hopper: bool, expected: bool) -> None:
     pytest.importorskip("triton.experimental.gluon", reason="Gluon comes with Triton from 3.6 on, for Linux")
-    monkeypatch.setattr(branches, "FIVE_PRODUCTS", on)
-    with mock.patch("nsa_cp.kernels.query_gradients.backward.on_hopper", return_value=where):
+    with mock.patch("nsa_cp.kernels.query_gradients.backward.on_hopper", return_value=hopper):
         q, grad, (k, v), plan = _inputs()
         ask = branches.makes_five_products
         assert ask(q, grad, (k, v), plan, backend) == expected
