@@ -136,7 +136,7 @@ def test_tiles_are_no_wider_than_their_keys_where_these_ascend() -> None:
 @pytest.mark.parametrize("key_tiles, num_tiles, groups", [(1, 1, 1), (32, 16384, 4), (4096, 131072, 1)])
 def test_chunk_length(key_tiles: int, num_tiles: int, groups: int) -> None:
     chunk = chunk_length(key_tiles, num_tiles, groups)
-    assert 64 <= chunk <= ROWS_A_SUM // 64 and chunk & (chunk - 1) == 0
+    assert 32 <= chunk <= ROWS_A_SUM // 64 and chunk & (chunk - 1) == 0
 
 
 @pytest.mark.parametrize(
