@@ -15,6 +15,8 @@ from nsa_cp.ops.selected import selected_attention_backward, selection_of
 
 KeyGradients = tuple[torch.Tensor, torch.Tensor]
 
+# From so many compressed tokens on, 128k tokens with a stride of 16, 5 products take less time than 7 (docs/kernels.md).
+_LEAST_COMPRESSED = 8000
 # Bytes of the buffer with the compressed branch's dq in float32, unless one group takes more.
 _BUFFER_BYTES = 1 << 30
 
@@ -49,13 +51,13 @@ class ChosenBlocks:
 
 
 def makes_five_products(q: torch.Tensor, grad: torch.Tensor, keys: Sequence[torch.Tensor], plan: NSAPlan, backend: str) -> bool:
-    """Whether the compressed branch's backward makes dq, too, in 5 products a tile where two kernels take 4 and 3: where its
-    kernel takes these tensors and the one for dq of all branches reads the buffer as it lies.
+    """Whether the compressed branch's backward makes dq, too, in 5 products a tile where two kernels take 4 and 3: in long
+    sequences, if its kernel takes these tensors and the one for dq of all branches reads the buffer as it lies.
 
     Args:
         q, grad: as of :class:`BranchesBackward`. keys: k, v of one or more branches.
     """
-    if backend != "triton":
+    if backend != "triton" or plan.compressed_intervals.num_keys < _LEAST_COMPRESSED:
         return False
     from nsa_cp.kernels.query_gradients.backward import goes_to_hopper
 
