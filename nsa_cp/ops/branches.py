@@ -15,8 +15,9 @@ from nsa_cp.ops.selected import selected_attention_backward, selection_of
 
 KeyGradients = tuple[torch.Tensor, torch.Tensor]
 
-# From so many compressed tokens on, 128k tokens with a stride of 16, 5 products take less time than 7 (docs/kernels.md).
-_LEAST_COMPRESSED = 8000
+# From so many pairs of a query and a compressed token on, 128k tokens on two GPUs, 5 products take less time than 7
+# (docs/kernels.md): their kernel starts and ends slowly.
+_LEAST_PAIRS = 500_000_000
 # Bytes of the buffer with the compressed branch's dq in float32, unless one group takes more.
 _BUFFER_BYTES = 1 << 30
 
@@ -57,7 +58,7 @@ def makes_five_products(q: torch.Tensor, grad: torch.Tensor, keys: Sequence[torc
     Args:
         q, grad: as of :class:`BranchesBackward`. keys: k, v of one or more branches.
     """
-    if backend != "triton" or plan.compressed_intervals.num_keys < _LEAST_COMPRESSED:
+    if backend != "triton" or len(q) * plan.compressed_intervals.num_keys < _LEAST_PAIRS:
         return False
     from nsa_cp.kernels.query_gradients.backward import goes_to_hopper
 
