@@ -17,7 +17,7 @@ KeyGradients = tuple[torch.Tensor, torch.Tensor]
 
 # From so many pairs of a query and a compressed token on, 128k tokens on two GPUs, 5 products take less time than 7
 # (docs/kernels.md): their kernel starts and ends slowly.
-_LEAST_PAIRS = 500_000_000
+LEAST_PAIRS = 500_000_000
 # Bytes of the buffer with the compressed branch's dq in float32, unless one group takes more.
 _BUFFER_BYTES = 1 << 30
 
@@ -58,7 +58,7 @@ def makes_five_products(q: torch.Tensor, grad: torch.Tensor, keys: Sequence[torc
     Args:
         q, grad: as of :class:`BranchesBackward`. keys: k, v of one or more branches.
     """
-    if backend != "triton" or len(q) * plan.compressed_intervals.num_keys < _LEAST_PAIRS:
+    if backend != "triton" or len(q) * plan.compressed_intervals.num_keys < LEAST_PAIRS:
         return False
     from nsa_cp.kernels.query_gradients.backward import goes_to_hopper
 

@@ -30,7 +30,7 @@ def test_slices_of_groups_change_nothing(most: int) -> None:
         assert_close(answers[key], value, atol=1e-12, rtol=1e-12, name=key)
 
 
-def _plan(block_size: int = 64, compressed: int = branches._LEAST_PAIRS // TOKENS) -> SimpleNamespace:
+def _plan(block_size: int = 64, compressed: int = branches.LEAST_PAIRS // TOKENS) -> SimpleNamespace:
     config = NSAConfig(select_block_size=block_size)
     return SimpleNamespace(config=config, compressed_intervals=SimpleNamespace(num_keys=compressed))
 
@@ -58,6 +58,6 @@ def test_who_makes_five_products(backend: str, hopper: bool, expected: bool) -> 
         # Tokens of 2 heads are no task for the kernel that reads the buffer, odd blocks neither.
         assert not ask(q[:, :8], grad[:, :8], (k, v), plan, backend)
         assert not ask(q, grad, (k, v), _plan(block_size=32), backend)
-        assert not ask(q, grad, (k, v), _plan(compressed=branches._LEAST_PAIRS // TOKENS - 1), backend)
+        assert not ask(q, grad, (k, v), _plan(compressed=branches.LEAST_PAIRS // TOKENS - 1), backend)
         # A value narrower than the keys.
         assert not ask(q, grad[..., :64], (k, v[..., :64]), plan, backend)

@@ -328,7 +328,7 @@ def test_five_products_in_the_whole(buffer_bytes: int, monkeypatch: pytest.Monke
     with mock.patch.object(ops_branches, "makes_five_products", return_value=False):
         expected = solve(problem)
     monkeypatch.setattr(ops_branches, "_BUFFER_BYTES", buffer_bytes)
-    monkeypatch.setattr(ops_branches, "_LEAST_PAIRS", 0)
+    monkeypatch.setattr(ops_branches, "LEAST_PAIRS", 0)
     target = "nsa_cp.kernels.interval_attention.hopper_whole_backward.interval_attention_whole_backward"
     with mock.patch(target, side_effect=_whole_backward_itself()) as called:
         answers = solve(problem)
