@@ -22,6 +22,7 @@ from unittest import mock
 import torch
 
 from nsa_cp.config import NSAConfig, RotaryConfig
+from nsa_cp.ops import branches as ops_branches
 from nsa_cp.ops import (
     combine_branches,
     compress_kv,
@@ -31,7 +32,6 @@ from nsa_cp.ops import (
     selected_attention,
     window_attention,
 )
-from nsa_cp.ops import branches as ops_branches
 from nsa_cp.testing.cases import AttentionProblem, make_problem
 from nsa_cp.testing.comparison import relative_error
 
