@@ -17,7 +17,7 @@ class Arm:
         model: fields of :class:`ModelSettings` that differ from the study's.
         nsa: fields of NSAConfig that differ from the study's.
         matched: widen the SwiGLU until the arm has as many parameters as the arm ``nsa``.
-        tests_default: the arm differs from ``nsa`` in one of its defaults alone.
+        tests_default: the arm differs from ``nsa`` in its defaults alone, in one of them unless its description says more.
     """
 
     name: str
@@ -52,6 +52,27 @@ ARMS = (
     ),
     Arm(name="gate_branch", description="one gate a branch for all heads", nsa={"gate": "branch"}, tests_default=True),
 )
+
+
+def late_arms(stage: int) -> tuple[Arm, ...]:
+    """Arms whose selected branch opens at a stage of training, after the compressed branch has learned where to look."""
+    late = {"selected_from": stage}
+    return (
+        Arm(
+            name="late_selection",
+            description="the selected branch closed in the stages before the tested length",
+            model=late,
+            tests_default=True,
+        ),
+        Arm(
+            name="late_shared_kv",
+            description="the same with one K/V for all branches",
+            model=late,
+            nsa={"shared_kv": True},
+            tests_default=True,
+        ),
+        Arm(name="late_random", description="the first of these two with random blocks", model={**late, "selection": "random"}),
+    )
 
 
 def model_of(arm: Arm, base: ModelSettings) -> ModelSettings:

@@ -35,6 +35,8 @@ class ModelSettings:
         ffn_hidden_size: width of the SwiGLU.
         shift: mix every token's embedding with that of the token before, channel by channel, with learned weights.
         equal_start: the branches' key and value projections start with the same weights (and part in training).
+        selected_from: stage of training from which the selected branch is open. Before, its gate is exactly 0; where it opens, its
+            key and value projections are set to the window's.
     """
 
     vocab_size: int
@@ -49,6 +51,7 @@ class ModelSettings:
     selection: Selection = "scored"
     shift: bool = False
     equal_start: bool = False
+    selected_from: int = 0
     nsa: NSAConfig = field(default_factory=NSAConfig)
     rotary: RotaryConfig = field(default_factory=RotaryConfig)
 
@@ -63,6 +66,7 @@ class SelfAttention(nn.Module):
     def __init__(self, settings: ModelSettings, seed: int) -> None:
         super().__init__()
         s = self.settings = settings
+        self.selected_is_open = s.selection != "none" and s.selected_from == 0
         pairs = 1
         if s.attention == "nsa":
             pairs = s.nsa.num_branch_kv - (s.selection == "none" and not s.nsa.shared_kv)
@@ -96,13 +100,24 @@ class SelfAttention(nn.Module):
             out = _full_attention(q, k[0], v[0], layout, s.rotary)
         return self.out_proj(out.flatten(1))
 
+    @torch.no_grad()
+    def open_selected(self) -> None:
+        """Open the selected branch, if it has been closed for a time: it begins with the window's keys and values, which know by
+        then how to find a token, as its own have learned nothing."""
+        if self.selected_is_open or self.settings.selection == "none":
+            return
+        self.selected_is_open = True
+        if not self.settings.nsa.shared_kv:
+            compressed, selected, window = self.kv_proj.weight.unflatten(0, (3, -1)).unbind()
+            selected.copy_(window)
+
     def _branches(self, x: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """One tensor for each branch: a closed selected branch reads the window's, which changes nothing."""
         return (x[0], x[1], x[1]) if len(x) == 2 else x
 
     def _gate_logits(self, x: torch.Tensor) -> torch.Tensor:
         logits = self.gate_proj(x).view(x.shape[0], self.num_gates, 3)
-        if self.settings.selection != "none":
+        if self.selected_is_open:
             return logits
         compressed, selected, window = logits.unbind(-1)
         return torch.stack([compressed, torch.full_like(selected, float("-inf")), window], -1)
@@ -180,6 +195,12 @@ class Decoder(nn.Module):
         weight = self.embedding.weight[-(self.settings.num_outputs or self.settings.vocab_size) :]
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(weight.dtype), weight) * self.settings.hidden_size**-0.5
+
+    def enter_stage(self, number: int) -> None:
+        """Before training's stage ``number``, 0-based: open what is closed before it."""
+        for attention in self.attentions:
+            if number >= self.settings.selected_from:
+                attention.open_selected()
 
     @property
     def attentions(self) -> list[SelfAttention]:

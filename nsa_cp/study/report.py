@@ -37,7 +37,7 @@ def write_report(name: str, scale: str, runs: Path, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     page, table = folder / f"{name}.md", folder / f"{name}.csv"
     write_csv(records, table)
-    plots = plot_study(name, results, [claim.metric for claim in study.claims], folder)
+    plots = plot_study(name, results, study.metrics, folder)
     failed = [record for record in everything.values() if record["status"] == "failed"]
     page.write_text("\n".join(_page(study, records, results, plots, failed)) + "\n", encoding="utf-8")
     return [page, table, *plots]
@@ -111,7 +111,7 @@ def _with_interval(interval: Interval | None, metric: str) -> str:
 
 
 def _arms_table(study: Study, results: dict[str, ArmResult]) -> Iterator[str]:
-    metrics = [claim.metric for claim in study.claims]
+    metrics = study.metrics
     yield "## By arm"
     yield ""
     yield "Test figures at each arm's best learning rate: mean over seeds [95% interval]."
@@ -134,9 +134,9 @@ def _claims(study: Study, results: dict[str, ArmResult]) -> Iterator[str]:
     yield ""
     for claim in study.claims:
         bound = f"{claim.margin:.1%} of it" if claim.relative else f"{100 * claim.margin:g} points"
-        yield f"- NSA's `{claim.metric}` is no worse than full attention's by more than {bound}:"
+        yield f"- `{claim.metric}` of `{claim.arm}` is no worse than full attention's by more than {bound}:"
         for rival in ("full", "full_params"):
-            yield f"  - against `{rival}`: {_judged(claim, results.get('nsa'), results.get(rival))}"
+            yield f"  - against `{rival}`: {_judged(claim, results.get(claim.arm), results.get(rival))}"
     yield ""
 
 
@@ -163,13 +163,13 @@ def _defaults(study: Study, results: dict[str, ArmResult]) -> Iterator[str]:
     if names:
         yield "## Defaults"
         yield ""
-        yield "Each arm differs from `nsa` in one default; the arm minus `nsa`, paired by seed."
+        yield "Each arm differs from `nsa` in its defaults; the arm minus `nsa`, paired by seed."
         yield ""
         yield from _differences(study, results, names, "this arm minus nsa", sign=-1)
 
 
 def _differences(study: Study, results: dict[str, ArmResult], names: Sequence[str], head: str, sign: int) -> Iterator[str]:
-    metrics = [claim.metric for claim in study.claims]
+    metrics = study.metrics
     yield f"| arm | {' | '.join(f'{metric}, {head}' for metric in metrics)} |"
     yield "|---" * (1 + len(metrics)) + "|"
     for name in names:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nsa_cp.config import NSAConfig, RotaryConfig
-from nsa_cp.study.arms import ARMS
+from nsa_cp.study.arms import ARMS, late_arms
 from nsa_cp.study.corpus import Corpus, build_corpus, installed_packages
 from nsa_cp.study.language import LanguageTask
 from nsa_cp.study.model import ModelSettings
@@ -95,50 +95,59 @@ def _recall_train(scale: str) -> TrainSettings:
 
 
 def _mqar(scale: str) -> Study:
-    # Rows: length, pairs, questions, gap, stride, steps. At full length no window reaches from a question to a pair, not over all
-    # layers. Pairs stand so close that a compressed token holds five: at half as many the compressed branch alone reads them.
-    # At full scale, from the third row on, they fill more blocks than a query chooses freely.
+    # Rows: length, pairs, questions, gap, stride, steps. One layer: with two, tokens pass on what they have read, and a question
+    # finds its answer though its pair is in no block chosen. Pairs stand so close that a compressed token holds five: at half as
+    # many the compressed branch alone reads them. At full scale, from the third row on, they fill more blocks than a query chooses
+    # freely. The row before the last is for arms whose selected branch is still closed.
     if scale == "full":
         kinds = (64, 256, 64)
         schedule = _schedule(
-            32768, kinds, (64, 4, 32, 12, 3, 300), (256, 16, 96, 64, 3, 150), (1024, 96, 256, 288, 3, 150),
-            (4096, 128, 1024, 512, 3, 600), main=3,
+            32768, kinds, (64, 4, 32, 12, 3, 300), (256, 16, 96, 64, 3, 200), (1024, 96, 256, 288, 3, 200),
+            (4096, 128, 1024, 512, 3, 300), (4096, 128, 1024, 512, 3, 900), main=4,
         )  # fmt: skip
     elif scale == "mini":
         kinds = (32, 64, 32)
-        schedule = _schedule(8192, kinds, (64, 4, 32, 12, 2, 150), (256, 16, 96, 80, 2, 150), (512, 32, 256, 80, 2, 200), main=2)
+        schedule = _schedule(
+            6144, kinds, (64, 4, 32, 12, 3, 150), (256, 16, 96, 80, 3, 100), (768, 64, 256, 192, 3, 100),
+            (768, 64, 256, 192, 3, 600), main=3,
+        )  # fmt: skip
     else:
         kinds = (8, 16, 8)
         schedule = _schedule(512, kinds, (64, 4, 16, 8, 4, 4), (256, 8, 32, 80, 4, 4), main=1)
     task = MqarTask(schedule=schedule, test_batches=8 if scale == "full" else 2)
+    claims = tuple(Claim(metric="accuracy", margin=0.01, arm=arm) for arm in ("nsa", "late_selection", "late_shared_kv"))
     return Study(
         name="mqar", scale=scale, title="Multi-query associative recall", task=task,
-        model=_recall_model(scale, task, kinds[-1]), train=_recall_train(scale), arms=ARMS, lrs=(2e-3, 4e-3, 8e-3),
-        seeds=(0, 1, 2), select_by="accuracy", select_highest=True, claims=(Claim(metric="accuracy", margin=0.01),),
+        model=replace(_recall_model(scale, task, kinds[-1]), num_layers=1), train=_recall_train(scale),
+        arms=(*ARMS, *late_arms(len(schedule) - 1)), lrs=(1e-3, 2e-3, 4e-3), seeds=(0, 1, 2), select_by="accuracy",
+        select_highest=True, claims=claims,
     )  # fmt: skip
 
 
 def _passkey(scale: str) -> Study:
     if scale == "full":
-        kinds, tested = (64, 256, 64), (8192, 32768, 65536)
+        kinds, tested, main = (64, 256, 64), (8192, 32768, 65536), 3
         schedule = _schedule(
             65536, kinds, (64, 4, 32, 12, 2, 300), (512, 16, 192, 64, 2, 150), (2048, 16, 512, 300, 2, 100),
-            (8192, 16, 512, 512, 2, 250), (32768, 16, 512, 512, 2, 40), (65536, 16, 512, 512, 2, 40), main=3,
+            (8192, 16, 512, 512, 2, 250), (32768, 16, 512, 512, 2, 40), (65536, 16, 512, 512, 2, 40), main=main,
         )  # fmt: skip
         depths, count, tokens, gap = tuple(x / 8 for x in range(9)), 16, 65536, 512
     elif scale == "mini":
-        kinds, tested = (32, 64, 32), (512, 1024)
-        schedule = _schedule(8192, kinds, (64, 4, 32, 12, 2, 150), (512, 8, 256, 80, 2, 150), (1024, 8, 256, 80, 2, 20), main=1)
+        kinds, tested, main = (32, 64, 32), (512, 1024), 1
+        schedule = _schedule(
+            8192, kinds, (64, 4, 32, 12, 2, 150), (512, 8, 256, 80, 2, 150), (1024, 8, 256, 80, 2, 20), main=main
+        )
         depths, count, tokens, gap = (0.0, 0.5, 1.0), 8, 4096, 80
     else:
-        kinds, tested = (8, 16, 8), (128, 256)
-        schedule = _schedule(512, kinds, (128, 4, 16, 66, 2, 4), (256, 4, 16, 80, 2, 2), main=0)
+        kinds, tested, main = (8, 16, 8), (128, 256), 0
+        schedule = _schedule(512, kinds, (128, 4, 16, 66, 2, 4), (256, 4, 16, 80, 2, 2), main=main)
         depths, count, tokens, gap = (0.0, 1.0), 4, 512, 66
     tests_at = tuple((_shape(length, count, count, gap, 2, kinds), tokens // length) for length in tested)
     task = PasskeyTask(schedule=schedule, tests_at=tests_at, depths=depths, test_batches=2 if scale == "full" else 1)
     return Study(
         name="passkey", scale=scale, title="Passkey retrieval", task=task, model=_recall_model(scale, task, kinds[-1]),
-        train=_recall_train(scale), arms=ARMS, lrs=(2e-3, 4e-3, 8e-3), seeds=(0, 1, 2), select_by="accuracy", select_highest=True,
+        train=_recall_train(scale), arms=(*ARMS, *late_arms(max(1, main))), lrs=(2e-3, 4e-3, 8e-3), seeds=(0, 1, 2),
+        select_by="accuracy", select_highest=True,
         claims=tuple(Claim(metric=f"accuracy_{length}", margin=0.01) for length in tested),
     )  # fmt: skip
 

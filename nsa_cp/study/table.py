@@ -18,6 +18,7 @@ class Claim:
     """ "No worse than full attention by more than ``margin``", set down before any run.
 
     Args:
+        arm: of which it is said.
         metric: of the test figures.
         margin: in the metric's own unit, or as a fraction of full attention's value when ``relative``.
         higher_is_better: of the metric.
@@ -27,6 +28,7 @@ class Claim:
     margin: float
     relative: bool = False
     higher_is_better: bool = True
+    arm: str = "nsa"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,11 @@ class Study:
     select_by: str
     select_highest: bool
     claims: tuple[Claim, ...]
+
+    @property
+    def metrics(self) -> list[str]:
+        """What the claims are about, each figure once."""
+        return list(dict.fromkeys(claim.metric for claim in self.claims))
 
     @cached_property
     def _models(self) -> dict[str, ModelSettings]:

@@ -102,6 +102,7 @@ class Trainer:
         return TrainedRun(self.model, figures, self.curve)
 
     def _train_stage(self, number: int, stage: Stage, first_step: int) -> None:
+        self.model.enter_stage(number)
         step = _Step(self, stage)
         losses = torch.zeros(stage.steps, device=self.device)
         logged, train = 0, self.settings.train

@@ -13,7 +13,7 @@ from nsa_cp.attention import full_attention
 from nsa_cp.bench.inputs import HeadLayout, make_inputs
 from nsa_cp.config import NSAConfig, RotaryConfig
 from nsa_cp.ops import select_blocks
-from nsa_cp.study.arms import ARMS, model_of
+from nsa_cp.study.arms import ARMS, late_arms, model_of
 from nsa_cp.study.model import Decoder, ModelSettings, _full_attention, count_parameters
 from nsa_cp.study.probe import attention_calls, dense_block_mass, probe, save_selections
 from nsa_cp.study.random_blocks import random_blocks
@@ -35,11 +35,12 @@ def test_arms_said_to_have_equal_parameters_do(name: str) -> None:
     assert counts["random_blocks"] == counts["nsa"] > 1.2 * counts["full"]
     for arm in ("full_params", "window", "compressed_window"):
         assert counts["nsa"] <= counts[arm] < 1.01 * counts["nsa"], arm
-    # By hand: two layers less of K/V for two branches, [128, 2 * 2 * 64] each.
-    assert counts["nsa"] - counts["shared_kv"] == 2 * 128 * 2 * 2 * 64
-    # Two layers, K and V: position [16, 64], w1 [16 * 64, 64], w2 [64, 64].
-    assert counts["nsa"] - counts["compressor_mean"] == 2 * 2 * (16 * 64 + 16 * 64 * 64 + 64 * 64)
-    assert counts["nsa"] - counts["gate_branch"] == 2 * 128 * 3 * (4 - 1)
+    layers = {"mqar": 1, "passkey": 2}[name]
+    # By hand, for each layer: less of K/V for two branches, [128, 2 * 2 * 64].
+    assert counts["nsa"] - counts["shared_kv"] == layers * 128 * 2 * 2 * 64
+    # K and V: position [16, 64], w1 [16 * 64, 64], w2 [64, 64].
+    assert counts["nsa"] - counts["compressor_mean"] == layers * 2 * (16 * 64 + 16 * 64 * 64 + 64 * 64)
+    assert counts["nsa"] - counts["gate_branch"] == layers * 128 * 3 * (4 - 1)
 
 
 def test_one_seed_gives_arms_the_same_weights_where_shapes_agree() -> None:
@@ -109,6 +110,40 @@ def test_a_closed_branch_contributes_nothing() -> None:
     loss = model(torch.from_numpy(batch.tokens), layout).square().sum()
     loss.backward()
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["late_selection", "late_shared_kv", "late_random"])
+def test_a_selected_branch_that_opens_late(name: str) -> None:
+    """Closed, it gives nothing and learns nothing; open, it starts from the window's keys and values."""
+    (arm,) = (arm for arm in late_arms(2) if arm.name == name)
+    model = Decoder(model_of(arm, BASE), seed=0)
+    tokens, layout = torch.arange(256) % 50, pack_layout(1, 256)
+    batch = Batch(tokens.numpy(), np.arange(256), np.zeros(256, np.int64))
+    rest = [each.kv_proj.weight.detach().clone() for each in model.attentions]
+    for stage in (0, 1):
+        model.enter_stage(stage)
+        assert all((call.gates[..., 1] == 0).all() for call in attention_calls(model, batch, layout, torch.float32))
+        model(tokens, layout).square().sum().backward()
+    if name != "late_shared_kv":
+        for each in model.attentions:
+            compressed, selected, window = each.kv_proj.weight.grad.unflatten(0, (3, -1))
+            assert (selected == 0).all() and (compressed != 0).any() and (window != 0).any()
+    closed = model(tokens, layout)
+    model.enter_stage(2)
+    assert all((call.gates[..., 1] > 0).all() for call in attention_calls(model, batch, layout, torch.float32))
+    assert not torch.equal(model(tokens, layout), closed)
+    for each, before in zip(model.attentions, rest, strict=True):
+        if name == "late_shared_kv":
+            assert torch.equal(each.kv_proj.weight, before)
+            continue
+        now, before = each.kv_proj.weight.unflatten(0, (3, -1)), before.unflatten(0, (3, -1))
+        assert torch.equal(now[1], now[2]) and torch.equal(now[2], before[2]) and torch.equal(now[0], before[0])
+        with torch.no_grad():
+            now[1].zero_()
+    # It opens once: what has been learned since stays.
+    model.enter_stage(3)
+    if name != "late_shared_kv":
+        assert all((each.kv_proj.weight.unflatten(0, (3, -1))[1] == 0).all() for each in model.attentions)
 
 
 def test_random_blocks_are_visible_distinct_and_keep_the_forced_ones() -> None:
