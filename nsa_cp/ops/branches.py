@@ -15,11 +15,12 @@ from nsa_cp.ops.selected import selected_attention_backward, selection_of
 
 KeyGradients = tuple[torch.Tensor, torch.Tensor]
 
-# From so many pairs of a query and a compressed token on, 128k tokens on two GPUs, 5 products take less time than 7
-# (docs/kernels.md): their kernel starts and ends slowly.
-LEAST_PAIRS = 500_000_000
-# Bytes of the buffer with the compressed branch's dq in float32, unless one group takes more.
-_BUFFER_BYTES = 1 << 30
+# From so many pairs of a query's head and a compressed token in one launch on, the compressed branch's backward makes dq, too: 5
+# products a tile where two kernels take 4 and 3, but a kernel that starts and ends slowly (docs/kernels.md). 64k tokens of 32
+# heads have so many, and half of 128k tokens of 16 heads.
+LEAST_PAIRS = 4_000_000_000
+# Bytes of its buffer with dq in float32: for several groups at once, and at most for one.
+_BUFFER_BYTES, _MOST_BUFFER_BYTES = 1 << 30, 1 << 32
 
 
 class Branch(NamedTuple):
@@ -51,14 +52,31 @@ class ChosenBlocks:
         return part
 
 
-def makes_five_products(q: torch.Tensor, grad: torch.Tensor, keys: Sequence[torch.Tensor], plan: NSAPlan, backend: str) -> bool:
-    """Whether the compressed branch's backward makes dq, too, in 5 products a tile where two kernels take 4 and 3: in long
-    sequences, if its kernel takes these tensors and the one for dq of all branches reads the buffer as it lies.
+def five_product_groups(
+    q: torch.Tensor, grad: torch.Tensor, keys: Sequence[torch.Tensor], plan: NSAPlan, backend: str, most: int
+) -> int:
+    """K/V groups at a time, at most ``most``, for which the compressed branch's backward makes dq, too; 0 if it does not. They
+    divide the groups: kernels are compiled for a number of groups.
 
     Args:
-        q, grad: as of :class:`BranchesBackward`. keys: k, v of one or more branches.
+        q, grad: as of :class:`BranchesBackward`. keys: k, v of one or more branches, with all groups.
     """
-    if backend != "triton" or len(q) * plan.compressed_intervals.num_keys < LEAST_PAIRS:
+    if not _takes_five_products(q, grad, keys, plan, backend):
+        return 0
+    from nsa_cp.kernels.interval_attention.hopper_whole_backward import dq_bytes
+
+    groups = keys[0].shape[1]
+    heads = q.shape[1] // groups
+    buffer = dq_bytes(len(q), heads)
+    fitting = min(most, max(1, _BUFFER_BYTES // max(1, buffer)))
+    at_once = max(n for n in range(1, groups + 1) if groups % n == 0 and n <= fitting)
+    pairs = plan.compressed_intervals.num_visible * heads * at_once
+    return at_once if pairs >= LEAST_PAIRS and buffer <= _MOST_BUFFER_BYTES else 0
+
+
+def _takes_five_products(q: torch.Tensor, grad: torch.Tensor, keys: Sequence[torch.Tensor], plan: NSAPlan, backend: str) -> bool:
+    """Whether the kernel of 5 products takes these tensors, and the one for dq of all branches reads its buffer as it lies."""
+    if backend != "triton":
         return False
     from nsa_cp.kernels.query_gradients.backward import goes_to_hopper
 
@@ -67,17 +85,6 @@ def makes_five_products(q: torch.Tensor, grad: torch.Tensor, keys: Sequence[torc
     from nsa_cp.kernels.interval_attention.hopper_whole_backward import takes
 
     return takes(q, *keys[:2], grad)
-
-
-def most_groups(q: torch.Tensor, grad: torch.Tensor, keys: Sequence[torch.Tensor], plan: NSAPlan, backend: str) -> int:
-    """K/V groups to take at once: those whose dq in float32 is at most ``_BUFFER_BYTES``, at least one; all where there is no
-    such buffer. Arguments as of :func:`makes_five_products`."""
-    groups = keys[0].shape[1]
-    if not makes_five_products(q, grad, keys, plan, backend):
-        return groups
-    from nsa_cp.kernels.interval_attention.hopper_whole_backward import dq_bytes
-
-    return max(1, min(groups, _BUFFER_BYTES // dq_bytes(q.shape[0], q.shape[1] // groups)))
 
 
 class BranchesBackward:
@@ -89,10 +96,14 @@ class BranchesBackward:
 
     Args:
         q: [T, N, Dk]. grad: [T, N, Dv], gradient of the gated sum.
+        five_products: of :func:`five_product_groups`; without effect where a slice's tensors lie otherwise.
     """
 
-    def __init__(self, q: torch.Tensor, grad: torch.Tensor, chosen: ChosenBlocks, plan: NSAPlan, backend: str) -> None:
+    def __init__(
+        self, q: torch.Tensor, grad: torch.Tensor, chosen: ChosenBlocks, plan: NSAPlan, backend: str, five_products: bool = False
+    ) -> None:
         self.q, self.grad, self.chosen, self.plan, self.backend = q, grad, chosen, plan, backend
+        self.five_products = five_products
         self.branches: list[Branch] = []
         # The torch path's sum over the branches so far.
         self.dq: torch.Tensor | None = None
@@ -106,7 +117,7 @@ class BranchesBackward:
     def compressed(self, branch: Branch) -> KeyGradients:
         """dk, dv of the compressed tokens."""
         keys = [x for each in (branch, *self.branches) for x in (each.k, each.v)]
-        if not makes_five_products(self.q, self.grad, keys, self.plan, self.backend):
+        if not (self.five_products and _takes_five_products(self.q, self.grad, keys, self.plan, self.backend)):
             return self._interval(branch, self.plan.compressed_intervals)
         from nsa_cp.kernels.interval_attention.hopper_whole_backward import interval_attention_whole_backward as kernel
 

@@ -37,6 +37,11 @@ class Intervals:
         return cls(np.searchsorted(keys, low), np.searchsorted(keys, high), len(keys), device, span)
 
     @cached_property
+    def num_visible(self) -> int:
+        """Pairs of a query and a key that it sees."""
+        return int((self.end - self.begin).sum())
+
+    @cached_property
     def of_queries(self) -> tuple[torch.Tensor, torch.Tensor]:
         """``begin``, ``end`` as int32 tensors [T] on the device."""
         return self._to_device(self.begin), self._to_device(self.end)

@@ -28,7 +28,7 @@ from nsa_cp.context_parallel import (
     start_agreement,
 )
 from nsa_cp.context_parallel.autograd import exact_backward, exact_forward
-from nsa_cp.ops.branches import Branch, BranchesBackward, ChosenBlocks, most_groups
+from nsa_cp.ops.branches import Branch, BranchesBackward, ChosenBlocks, five_product_groups
 from nsa_cp.ops.checks import check_heads, check_rows
 from nsa_cp.ops.compression import CompressorWeights, check_compressor_weights, compress
 from nsa_cp.ops.dispatch import accumulator_dtype, resolve_backend
@@ -169,7 +169,7 @@ class _Branches(torch.autograd.Function):
         compressed = call.compress(*buffers, weights)
         # Small messages first: the compressed tokens, then the first group's raw keys and values.
         whole = _CompressedTokens(call, compressed)
-        raw = _GroupGather(call, k_slc, v_slc)
+        raw = _GroupGather(call, k_slc, v_slc, call.groups_at_once(k_slc.shape[1]))
         out_win, lse_win = interval_attention_forward(q, k_window, v_window, plan.window_intervals, backend)
         out_cmp, lse_cmp = whole.attend(q)
         if blocks is None:
@@ -196,8 +196,9 @@ class _Branches(torch.autograd.Function):
         k_buffer, v_buffer, k_window, v_window = halo.wait()
         compression = _RecomputedCompression(call, k_buffer, v_buffer, weights)
         gathered = RowGather(compression.outputs, plan.compressed_partition, call.group)
-        at_once = most_groups(q, grad, (k_window, v_window), plan, call.backend)
-        raw = _GroupGather(call, k_slc, v_slc, at_once)
+        at_once = call.groups_at_once(k_slc.shape[1])
+        five = five_product_groups(q, grad, (k_window, v_window), plan, call.backend, at_once)
+        raw = _GroupGather(call, k_slc, v_slc, five or at_once)
         k_whole = v_whole = None
         dq = torch.empty_like(q, memory_format=torch.contiguous_format)
         in_flight: list[tuple[tuple[torch.Tensor, ...], RowReduceScatter, RowReduceScatter]] = []
@@ -206,7 +207,7 @@ class _Branches(torch.autograd.Function):
             heads = call.heads_of(groups)
             # One copy for a slice of heads, which otherwise every kernel would make of its own.
             cmp, slc, win = split_statistics(statistics[..., heads].contiguous())
-            backward = BranchesBackward(q[:, heads], grad[:, heads], chosen.of(groups), plan, call.backend)
+            backward = BranchesBackward(q[:, heads], grad[:, heads], chosen.of(groups), plan, call.backend, five > 0)
             # What is awaited last is used last.
             d_win = backward.window(Branch(k_window[:, groups], v_window[:, groups], win))
             if k_whole is None:
@@ -253,12 +254,11 @@ class _GatedSum(torch.autograd.Function):
 class _GroupGather:
     """Whole K and V of the selected branch, a slice of groups at a time: the first is on its way from construction.
 
-    ``most``: at most so many groups at a time.
+    ``at_once``: groups of a slice.
     """
 
-    def __init__(self, call: _Call, k: torch.Tensor, v: torch.Tensor, most: int | None = None) -> None:
+    def __init__(self, call: _Call, k: torch.Tensor, v: torch.Tensor, at_once: int) -> None:
         self.call, self.k, self.v = call, k, v
-        at_once = call.groups_at_once(most or k.shape[1])
         self.slices = [slice(g, min(g + at_once, k.shape[1])) for g in range(0, k.shape[1], at_once)]
         self.pending = self._start(self.slices[0])
 

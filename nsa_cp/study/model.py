@@ -35,8 +35,8 @@ class ModelSettings:
         ffn_hidden_size: width of the SwiGLU.
         shift: mix every token's embedding with that of the token before, channel by channel, with learned weights.
         equal_start: the branches' key and value projections start with the same weights (and part in training).
-        selected_from: stage of training from which the selected branch is open. Before, its gate is exactly 0; where it opens, its
-            key and value projections are set to the window's.
+        selected_from: stage of training from which the selected branch is open. Before, its gate is exactly 0; when it opens,
+            its key and value projections are set to the window's.
     """
 
     vocab_size: int

@@ -97,8 +97,8 @@ def _recall_train(scale: str) -> TrainSettings:
 def _mqar(scale: str) -> Study:
     # Rows: length, pairs, questions, gap, stride, steps. One layer: with two, tokens pass on what they have read, and a question
     # finds its answer though its pair is in no block chosen. Pairs stand so close that a compressed token holds five: at half as
-    # many the compressed branch alone reads them. At full scale, from the third row on, they fill more blocks than a query chooses
-    # freely. The row before the last is for arms whose selected branch is still closed.
+    # many the compressed branch alone reads them. At full scale, from the third row on, they fill more blocks than a query
+    # chooses freely. The row before the last is for arms whose selected branch is still closed.
     if scale == "full":
         kinds = (64, 256, 64)
         schedule = _schedule(

@@ -10,6 +10,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -225,7 +226,9 @@ class Table:
                 for worker in workers:
                     if worker.job is None and (job := self._next()) is not None:
                         worker.job = job
-                        worker.connection.send(job)
+                        # A process that has died meanwhile is found when it is listened to.
+                        with suppress(ConnectionError):
+                            worker.connection.send(job)
                 busy = [worker for worker in workers if worker.job is not None]
                 if not busy or self.should_stop() or self._overdue():
                     return

@@ -130,7 +130,8 @@ def _whole(p: AttentionProblem, backend: str, blocks: torch.Tensor) -> Answer:
     return [result.out], [result.lse_compressed, result.lse_selected, result.lse_window], leaves
 
 
-# The whole, its backward as that of a long sequence, which makes 5 products where the kernel for it takes the tensors.
+# The whole, its backward as that of a long sequence, which on Hopper makes 5 products where the kernel for it takes the tensors;
+# elsewhere this is the whole once more.
 _LONG = "whole_long"
 KERNELS: dict[str, Callable[[AttentionProblem, str, torch.Tensor], Answer]] = {
     "compression": _compression,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from unittest import mock
 
@@ -19,45 +20,57 @@ CONFIG = NSAConfig(
 TOKENS, HEADS, GROUPS = 1000, 64, 4
 
 
-@pytest.mark.parametrize("most", [1, 2])
-def test_slices_of_groups_change_nothing(most: int) -> None:
+@pytest.mark.parametrize("at_once, slices", [(1, 3), (2, 2)])
+def test_slices_of_groups_change_nothing(at_once: int, slices: int) -> None:
     problem = make_problem(CONFIG, (0, 37, 100), num_heads=6, num_groups=3)
     expected = solve(problem)
-    with mock.patch.object(pipeline, "most_groups", return_value=most) as asked:
-        answers = solve(problem)
-    assert asked.call_count == 1
+    with mock.patch.object(pipeline, "five_product_groups", return_value=at_once):
+        with mock.patch.object(pipeline, "BranchesBackward", wraps=branches.BranchesBackward) as made:
+            answers = solve(problem)
+    assert made.call_count == slices
     for key, value in expected.items():
         assert_close(answers[key], value, atol=1e-12, rtol=1e-12, name=key)
 
 
-def _plan(block_size: int = 64, compressed: int = branches.LEAST_PAIRS // TOKENS) -> SimpleNamespace:
-    config = NSAConfig(select_block_size=block_size)
-    return SimpleNamespace(config=config, compressed_intervals=SimpleNamespace(num_keys=compressed))
+VISIBLE = branches.LEAST_PAIRS // (HEADS // GROUPS)
 
 
-def _inputs() -> tuple:
-    q, k = torch.zeros(TOKENS, HEADS, 128, dtype=torch.bfloat16), torch.zeros(90, GROUPS, 128, dtype=torch.bfloat16)
-    return q, q, (k, k), _plan()
+def _asked(
+    visible: int, most: int = GROUPS, block_size: int = 64, backend: str = "triton", heads: int = HEADS, v_dim: int = 128
+) -> int:
+    plan = SimpleNamespace(
+        config=NSAConfig(select_block_size=block_size), compressed_intervals=SimpleNamespace(num_visible=visible)
+    )
+    q, grad = (torch.zeros(TOKENS, heads, width, dtype=torch.bfloat16) for width in (128, v_dim))
+    k, v = (torch.zeros(90, GROUPS, width, dtype=torch.bfloat16) for width in (128, v_dim))
+    return branches.five_product_groups(q, grad, (k, v), plan, backend, most)
 
 
-@pytest.mark.parametrize("fitting, expected", [(0, 1), (1, 1), (3, 3), (9, GROUPS)])
-def test_groups_within_the_buffer(fitting: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def on_hopper() -> Iterator[mock.Mock]:
     pytest.importorskip("triton.experimental.gluon", reason="Gluon comes with Triton from 3.6 on, for Linux")
-    monkeypatch.setattr(branches, "makes_five_products", lambda *_: True)
+    with mock.patch("nsa_cp.kernels.query_gradients.backward.on_hopper", return_value=True) as asked:
+        yield asked
+
+
+@pytest.mark.parametrize("fitting, most, expected", [(0, 4, 1), (1, 4, 1), (3, 4, 2), (9, 4, 4), (9, 1, 1), (9, 3, 2)])
+def test_groups_within_the_buffer(
+    fitting: int, most: int, expected: int, on_hopper: mock.Mock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(branches, "_BUFFER_BYTES", TOKENS * HEADS // GROUPS * 128 * 4 * fitting)
-    assert branches.most_groups(*_inputs(), "triton") == expected
+    assert _asked(VISIBLE, most) == expected
 
 
-@pytest.mark.parametrize("backend, hopper, expected", [("triton", True, True), ("torch", True, False), ("triton", False, False)])
-def test_who_makes_five_products(backend: str, hopper: bool, expected: bool) -> None:
-    pytest.importorskip("triton.experimental.gluon", reason="Gluon comes with Triton from 3.6 on, for Linux")
-    with mock.patch("nsa_cp.kernels.query_gradients.backward.on_hopper", return_value=hopper):
-        q, grad, (k, v), plan = _inputs()
-        ask = branches.makes_five_products
-        assert ask(q, grad, (k, v), plan, backend) == expected
-        # Tokens of 2 heads are no task for the kernel that reads the buffer, odd blocks neither.
-        assert not ask(q[:, :8], grad[:, :8], (k, v), plan, backend)
-        assert not ask(q, grad, (k, v), _plan(block_size=32), backend)
-        assert not ask(q, grad, (k, v), _plan(compressed=branches.LEAST_PAIRS // TOKENS - 1), backend)
-        # A value narrower than the keys.
-        assert not ask(q, grad[..., :64], (k, v[..., :64]), plan, backend)
+def test_who_makes_five_products(on_hopper: mock.Mock, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _asked(VISIBLE) == GROUPS
+    # What counts is what one launch computes: fewer pairs if all groups go at once, or packed documents that hide them.
+    assert _asked(VISIBLE // GROUPS) == GROUPS and _asked(VISIBLE // GROUPS, most=1) == 0
+    assert _asked(VISIBLE // GROUPS - 1) == 0
+    # Tokens of 2 heads are no task for the kernel that reads the buffer, odd blocks and a value narrower than the keys neither.
+    assert _asked(100 * VISIBLE, heads=8) == _asked(VISIBLE, block_size=32) == _asked(VISIBLE, v_dim=64) == 0
+    assert _asked(VISIBLE, backend="torch") == 0
+    monkeypatch.setattr(branches, "_MOST_BUFFER_BYTES", TOKENS * HEADS // GROUPS * 128 * 4 - 1)
+    assert _asked(VISIBLE) == 0
+    on_hopper.return_value = False
+    monkeypatch.undo()
+    assert _asked(VISIBLE) == 0

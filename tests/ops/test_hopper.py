@@ -325,7 +325,7 @@ def test_five_products_in_the_whole(buffer_bytes: int, monkeypatch: pytest.Monke
     """5 products in place of 7 change no more than rounding, and two runs give the same bits."""
     settings = {"num_heads": 64, "num_groups": 4, "qk_dim": 128, "v_dim": 128, "rotary": RotaryConfig(), "dtype": torch.bfloat16}
     problem = make_problem(NSAConfig(backend="triton"), PACKED, **settings).to("cuda")
-    with mock.patch.object(ops_branches, "makes_five_products", return_value=False):
+    with mock.patch("nsa_cp.ops.pipeline.five_product_groups", return_value=0):
         expected = solve(problem)
     monkeypatch.setattr(ops_branches, "_BUFFER_BYTES", buffer_bytes)
     monkeypatch.setattr(ops_branches, "LEAST_PAIRS", 0)

@@ -115,7 +115,8 @@ def test_a_failing_run_is_recorded_and_tried_again_only_by_the_next_call(tmp_pat
 
 
 @pytest.mark.distributed
-def test_several_processes_one_of_which_is_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wait", [False, True], ids=["just before its job", "long before"])
+def test_several_processes_one_of_which_is_killed(wait: bool, tmp_path: Path) -> None:
     """Two workers; the first run to be at work loses its process. The others are made, by a new process too."""
     study = small(("full", "window"), lrs=(4e-3,), seeds=(0, 1))
     store, killed, events = RunStore(tmp_path / "x.jsonl"), [], []
@@ -129,6 +130,8 @@ def test_several_processes_one_of_which_is_killed(tmp_path: Path) -> None:
         if job is not None and not killed:
             killed.append(job.settings.run_id)
             os.kill(started[0].process.pid, signal.SIGKILL)
+            if wait:
+                started[0].process.join()
         return job
 
     table._next = kill_after_the_first_job
