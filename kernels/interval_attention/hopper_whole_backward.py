@@ -12,7 +12,8 @@ a row. It is without the factor scale. ``query_gradients/hopper.py`` starts from
 Order of the additions, for the same bits every time. Later key tiles first: they begin at later queries, so they are ahead of
 the others at every tile both meet. With first[j] and last[j] (tiles) ascending in the key tile j, the key tiles that meet query
 tile t are consecutive, j = .. last_of[t]. counter[group, t] starts as last_of[t]; program j adds while it is j, then sets j - 1.
-Programs are numbered in that order, chunk by chunk, and wait for none with a higher number. Two more warps do the waiting: the
+Programs are numbered in that order, chunk by chunk, and wait for none with a higher number. (CUDA does not promise that
+blocks start in the order of their numbers; GPUs do it. If one did not, this would hang.) Two more warps do the waiting: the
 usher reads the counters of the tiles to come and lets the warp groups in (``turn``); the releaser waits for both to have added
 (``added``), then sets the counter. dk and dv are added to memory at the end of a chunk, in the order of the chunks: flag[group,
 j, warp group] says whose turn it is.
@@ -436,7 +437,7 @@ def interval_attention_whole_backward(
     ``interval_attention_backward_dkv``. The same inputs give the same bits.
 
     dq is the buffer [G, tiles, 16, 128, 4] of the module's first lines, without the factor scale; :func:`unpack` has it as rows.
-    ``chunk``: query tiles of a chunk, instead of the number that fills a GPU.
+    ``chunk``: query tiles of a chunk, instead of :func:`chunk_length`.
     """
     (tokens, num_heads, width), (num_keys, groups, _) = q.shape, k.shape
     heads = num_heads // groups

@@ -92,7 +92,7 @@ class BranchesBackward:
 
     Each branch in turn gives (dk, dv) in the accumulator's dtype; after all three :meth:`query_gradients` gives dq. With the
     Triton kernels dq is one kernel over all branches (with very few heads a group, several), which then runs while the last
-    branch's dk and dv travel.
+    branch's dk and dv travel; with five products the compressed branch's part of it is made before.
 
     Args:
         q: [T, N, Dk]. grad: [T, N, Dv], gradient of the gated sum.
