@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch.distributed as dist
 
 from nsa_cp.config import NSAConfig, RotaryConfig
 from nsa_cp.context_parallel import SequenceLayout
+from nsa_cp.ops import branches
 from nsa_cp.testing import DistributedPool, relative_error
 from nsa_cp.testing.cases import AttentionProblem, join_shards, make_problem, solve
 
@@ -51,11 +54,17 @@ def _layout(name: str, kind: str, rank: int) -> SequenceLayout:
     return SequenceLayout.build(documents, cp_size=WORLD, cp_rank=rank, kind=kind, per_document=per_document)
 
 
-def _solve(rank: int, world_size: int, name: str, kind: str, comm: str) -> dict[str, torch.Tensor]:
+def _as_if_long(really: bool) -> AbstractContextManager:
+    """The backward takes the kernels of long sequences."""
+    return mock.patch.object(branches, "LEAST_PAIRS", 0) if really else nullcontext()
+
+
+def _solve(rank: int, world_size: int, name: str, kind: str, comm: str, long: bool) -> dict[str, torch.Tensor]:
     torch.cuda.set_device(rank)
     layout = _layout(name, kind, rank)
     shard = _problem(name, kind, comm).shard(layout).to(f"cuda:{rank}")
-    answers = [solve(shard, layout=layout, group=dist.group.WORLD) for _ in range(2)]
+    with _as_if_long(long):
+        answers = [solve(shard, layout=layout, group=dist.group.WORLD) for _ in range(2)]
     assert all(torch.equal(answers[0][key], answers[1][key]) for key in answers[0]), "two runs differ"
     return {key: value.cpu() for key, value in answers[0].items()}
 
@@ -64,9 +73,20 @@ def _solve(rank: int, world_size: int, name: str, kind: str, comm: str) -> dict[
 @pytest.mark.parametrize("kind", ["zigzag", "contiguous"])
 @pytest.mark.parametrize("name", CASES)
 def test_two_gpus_equal_one(gpus: DistributedPool, name: str, kind: str, comm: str) -> None:
-    joined = join_shards(gpus.run(_solve, name, kind, comm), _layout(name, kind, 0))
+    _compare(gpus, name, kind, comm)
+
+
+@pytest.mark.parametrize("kind", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("name", CASES)
+def test_two_gpus_equal_one_with_the_kernels_of_long_sequences(gpus: DistributedPool, name: str, kind: str) -> None:
+    _compare(gpus, name, kind, "all_gather", long=True)
+
+
+def _compare(gpus: DistributedPool, name: str, kind: str, comm: str, long: bool = False) -> None:
+    joined = join_shards(gpus.run(_solve, name, kind, comm, long), _layout(name, kind, 0))
     problem = _problem(name, kind, comm).to("cuda")
-    alone = {key: value.cpu() for key, value in solve(problem).items()}
+    with _as_if_long(long):
+        alone = {key: value.cpu() for key, value in solve(problem).items()}
     double = replace(problem.to(torch.float64), config=replace(problem.config, backend="torch"))
     exact = {key: value.cpu() for key, value in solve(double, blocks=alone["blocks"].cuda()).items()}
 

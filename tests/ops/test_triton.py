@@ -10,7 +10,7 @@ import torch
 
 from nsa_cp.config import NSAConfig, RotaryConfig
 from nsa_cp.context_parallel import SequenceLayout
-from nsa_cp.ops import compress_kv, native_sparse_attention, select_blocks
+from nsa_cp.ops import branches, compress_kv, native_sparse_attention, select_blocks
 from nsa_cp.ops.branches import Branch, BranchesBackward, ChosenBlocks
 from nsa_cp.ops.gating import row_statistics, split_statistics
 from nsa_cp.ops.interval_attention import interval_attention_forward
@@ -223,8 +223,20 @@ def test_two_runs_are_bitwise_equal() -> None:
         assert torch.equal(first[key], second[key]), key
 
 
-@pytest.mark.parametrize("name", ["two_heads_a_group", "four_heads_a_group", "eight_heads_a_group"])
-def test_forward_and_backward_in_a_cuda_graph(name: str) -> None:
+@pytest.mark.parametrize(
+    "name, long",
+    [
+        ("two_heads_a_group", False),
+        ("four_heads_a_group", False),
+        ("eight_heads_a_group", False),
+        ("four_heads_a_group", True),
+        ("eight_heads_a_group", True),
+    ],
+)
+def test_forward_and_backward_in_a_cuda_graph(name: str, long: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if long:
+        # The backward takes the kernels of long sequences.
+        monkeypatch.setattr(branches, "LEAST_PAIRS", 0)
     problem = _with_backend(_problem(name), "triton")
     leaves = [
         x.requires_grad_() for x in (problem.q, *problem.k, *problem.v, problem.gates, *problem.k_weights, *problem.v_weights)
