@@ -3,8 +3,8 @@
 Triton waits for every product whose result the same iteration uses, so that products and exponentials take turns. Here the
 code itself says what is in flight. One warp fetches tiles with the copy engine into a ring of slots; the others are groups of
 four, which own 64 rows each (128 in block scores) and do not wait for each other, but for those that make dq beside dk and dv.
-Each such kernel has a twin in Triton (that one has two) that gives the same results but for rounding and that runs wherever this one cannot: on other devices, in the interpreter, for widths
-and alignments that do not suit the copy engine.
+Each such kernel has a twin in Triton (that one has two) that gives the same results but for rounding and that runs wherever this
+one cannot: on other devices, in the interpreter, for widths and alignments that do not suit the copy engine.
 
 Rings. Tile i lies in slot i % STAGES. ``full[slot]`` completes when its bytes are there, ``empty[slot]`` when every reader has
 passed it. Both count rounds: round i // STAGES of a slot is phase (i // STAGES) & 1, and waiting for the phase before a fresh

@@ -38,16 +38,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from ..common import LOG2_E
 from ..hopper import fetchable, shared_layout, tiles
-from ..rings import again, fetch_tile, make_barriers
+from ..rings import again, make_barriers
 from .backward import ROWS_A_SUM
-from .hopper_backward import group_by_group, hide, issue_gradients, transposed
+from .hopper_backward import fetch, group_by_group, hide, issue_gradients, transposed
 
 # Triton 3.7 renamed it.
 thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -106,30 +105,6 @@ def add_quads(base, x, wanted):
     pointers = (base + thread * 4).to(gl.int64)
     wanted = gl.full(x.shape, wanted, gl.int32, x.type.layout)
     gl.inline_asm_elementwise(ADD_QUADS, ADD_QUADS_OPERANDS, [pointers, x, wanted], gl.int8, is_pure=False, pack=32)
-
-
-@gluon.jit
-def fetch(
-    q_descs, k_descs, shift_desc, delta_desc, shared, first, count, key, group, group_rows,
-    TOKENS: gl.constexpr, HEADS: gl.constexpr,
-):  # fmt: skip
-    """The fetching warp: K and V once, then ``count`` tiles."""
-    keys, rings, stats_ring, bounds, ds_smem, kv_full, full, empty, ds_full, order = shared
-    ROW_BYTES: gl.constexpr = 4 * WIDTH
-    if count > 0:
-        mbarrier.expect(kv_full, 2 * KEYS * ROW_BYTES)
-        for half in gl.static_range(2):
-            fetch_tile(k_descs, keys, half, key + half * KEYS, group, kv_full, WIDTH, 0)
-        for step in range(count):
-            slot = step % STAGES
-            bar = full.index(slot)
-            token = (first + step) * TOKENS
-            mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
-            mbarrier.expect(bar, ROWS * ROW_BYTES + 2 * shift_desc.block_type.nbytes)
-            fetch_tile(q_descs, rings, slot, token, group * HEADS, bar, WIDTH, 0)
-            row = group * group_rows + token * HEADS
-            tma.async_copy_global_to_shared(shift_desc, [row], bar, stats_ring.index(2 * slot))
-            tma.async_copy_global_to_shared(delta_desc, [row], bar, stats_ring.index(2 * slot + 1))
 
 
 @gluon.jit
@@ -358,7 +333,8 @@ def interval_attention_whole_backward_hopper_kernel(
         (consume, (gl.constexpr(1), shared, rest, TOKENS, HEADS, GROUPS)),
         (fetch, (
             (q_desc, q_desc, do_desc), (k_desc, k_desc, v_desc), shift_desc, delta_desc,
-            shared, first, count, key, group, group_rows, TOKENS, HEADS,
+            (keys, rings, stats_ring, bounds, kv_full, full, empty), first, first + count, key, group, group_rows,
+            TOKENS, HEADS, ROWS, KEYS, STAGES, WIDTH, 0, WIDTH,
         )),
         (usher, (counter_ptr, key_tile, count, order)),
         (release, (counter_ptr, key_tile, count, order)),

@@ -1,8 +1,9 @@
 """dq of Native Sparse Attention: one pass over a query tile's window, compressed tokens and chosen blocks.
 
 The three branches share q and do, which are loaded once, and their gradients add up in registers, in float32: no float32 dq is
-written, unless the compressed branch's was made beside its dk and dv (``begun``). (Groups of very few heads take the selected branch block by block, ``selected_attention/by_block.py``, pass by pass
-beside a float32 dq of the others.) What each branch adds is described in the backward of interval and of selected attention.
+written, unless the compressed branch's was made beside its dk and dv (``begun``). (Groups of very few heads take the selected
+branch block by block, ``selected_attention/by_block.py``, pass by pass beside a float32 dq of the others.) What each branch adds
+is described in the backward of interval and of selected attention.
 """
 
 from __future__ import annotations
