@@ -133,10 +133,21 @@ def test_tiles_are_no_wider_than_their_keys_where_these_ascend() -> None:
     assert first.tolist() == [0, 32] and last.tolist() == [34, 66]
 
 
-@pytest.mark.parametrize("key_tiles, num_tiles, groups", [(1, 1, 1), (32, 16384, 4), (4096, 131072, 1)])
+@pytest.mark.parametrize(
+    "key_tiles, num_tiles, groups",
+    [(1, 1, 1), (0, 0, 1), (32, 8192, 1), (32, 16384, 4), (32, 4096, 8), (64, 32768, 1), (4096, 131072, 1)],
+)
 def test_chunk_length(key_tiles: int, num_tiles: int, groups: int) -> None:
-    chunk = chunk_length(key_tiles, num_tiles, groups)
-    assert 32 <= chunk <= ROWS_A_SUM // 64 and chunk & (chunk - 1) == 0
+    """Within its bounds neither half of it nor twice it loses less time."""
+    chunk, most = chunk_length(key_tiles, num_tiles, groups), ROWS_A_SUM // 64
+
+    def lost(chunk: int) -> float:
+        programs = key_tiles * groups * num_tiles / 2 / chunk
+        return programs / 132 * (7 + 20 / groups) + chunk / 2 * 2.4
+
+    assert 32 <= chunk <= most and chunk & (chunk - 1) == 0
+    assert chunk == 32 or lost(chunk) <= 1.01 * lost(chunk // 2)
+    assert chunk == most or lost(chunk) <= 1.01 * lost(2 * chunk)
 
 
 @pytest.mark.parametrize(
