@@ -44,12 +44,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..common import LOG2_E
 from ..hopper import fetchable, shared_layout, tiles
-from ..rings import again, make_barriers
+from ..rings import again, make_barriers, thread_barrier
 from .backward import ROWS_A_SUM
 from .hopper_backward import fetch, group_by_group, hide, issue_gradients, transposed
-
-# Triton 3.7 renamed it.
-thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 ROWS = gl.constexpr(64)  # of a query tile
 KEYS = gl.constexpr(64)  # of a warp group
@@ -179,8 +176,8 @@ def consume(HALF: gl.constexpr, shared, rest, TOKENS: gl.constexpr, HEADS: gl.co
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, DKV_LAYOUT, 2)
     ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     KEY: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
-    k_smem, k_tail_smem, v_smem = keys
-    q_ring, q_tail_ring, do_ring = rings
+    k_smem, _, v_smem = keys
+    q_ring, _, do_ring = rings
     dtype: gl.constexpr = q_ring.dtype
 
     wanted = key + HALF * KEYS + gl.arange(0, KEYS, KEY)

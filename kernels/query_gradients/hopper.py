@@ -30,11 +30,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..common import INT_MAX, LOG2_E, split_width
 from ..hopper import fetchable, pair_tiles
-from ..rings import again, fetch_tile, make_barriers
+from ..rings import again, fetch_tile, make_barriers, thread_barrier
 from ..selected_attention.unions import Selection, build_unions
-
-# Triton 3.7 renamed it.
-thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 ROWS = gl.constexpr(64)  # of a warp group
 KEYS = gl.constexpr(64)  # of a tile

@@ -18,10 +18,10 @@ class Claim:
     """ "No worse than full attention by more than ``margin``", set down before any run.
 
     Args:
-        arm: of which it is said.
         metric: of the test figures.
         margin: in the metric's own unit, or as a fraction of full attention's value when ``relative``.
         higher_is_better: of the metric.
+        arm: of which it is said.
     """
 
     metric: str
