@@ -24,9 +24,10 @@ from ..common import (
 )
 from ..hopper import on_hopper
 from ..tuning import TileConfig, tile_config
+from .top_blocks import ROW_MULTIPLE, top_blocks
 
-# Bytes of scores held at once.
-SCORE_BYTES = 256 << 20
+# Bytes of scores held at once. At 64k tokens of 64 heads the outputs that are not there yet will need twice as much.
+SCORE_BYTES = 512 << 20
 
 
 @triton.jit
@@ -145,48 +146,6 @@ def block_scores_kernel(
         base = tl.min(tl.where(begin > base, begin, INT_MAX), 0)
 
 
-@triton.jit(do_not_specialize=["first_token", "max_blocks"])
-def top_blocks_kernel(
-    scores_ptr, position_ptr, out_ptr, first_token, max_blocks,
-    GROUPS: tl.constexpr, PADDED_BLOCKS: tl.constexpr, PICKS: tl.constexpr, PADDED_PICKS: tl.constexpr,
-    NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, SELECT_BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program: the chosen blocks of one query and group, ascending.
-
-    Scores are not negative, so their bit patterns order like integers. The n-th largest is found bit by bit from the top;
-    the search ends as soon as exactly n blocks reach the candidate. Among equals the lowest indices win.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    token = first_token + tl.program_id(0) // GROUPS
-    own = tl.load(position_ptr + token) // SELECT_BLOCK
-    block = tl.arange(0, PADDED_BLOCKS)
-    score = tl.load(scores_ptr + row * max_blocks + block, mask=block <= own, other=0.0)
-    forced = (block < NUM_INIT) | (block > own - NUM_LOCAL)
-    rank = tl.where(forced, INT_MAX, score.to(tl.int32, bitcast=True))
-    rank = tl.where(block <= own, rank, -1)
-
-    wanted = tl.minimum(own + 1, PICKS)
-    threshold = 0
-    reached = own + 1
-    bit = 1 << 30
-    while (bit > 0) & (reached != wanted):
-        candidate = threshold | bit
-        count = tl.sum((rank >= candidate).to(tl.int32), 0)
-        threshold = tl.where(count >= wanted, candidate, threshold)
-        reached = tl.where(count >= wanted, count, reached)
-        bit = bit >> 1
-
-    above = rank > threshold
-    level = rank == threshold
-    room = wanted - tl.sum(above.to(tl.int32), 0)
-    chosen = above | (level & (tl.cumsum(level.to(tl.int32), 0) <= room))
-    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-    out_ptr += (token.to(tl.int64) * GROUPS + tl.program_id(0) % GROUPS) * PICKS
-    tl.store(out_ptr + place, block, mask=chosen)
-    slot = tl.arange(0, PADDED_PICKS)
-    tl.store(out_ptr + slot, tl.full([PADDED_PICKS], -1, tl.int32), mask=(slot >= wanted) & (slot < PICKS))
-
-
 def select_blocks_forward(
     q: torch.Tensor,
     k_cmp: torch.Tensor,
@@ -253,18 +212,15 @@ def select_blocks_forward(
     shape = (compress_block_size, compress_stride, select_block_size)
     options = {"config": config, "bulk": bulk} if scorer is _TritonScores else {}
     block_scores = scorer(q, k_cmp, lse, (cmp_begin, cmp_end, position), *shape, scale, **options)
-    chunk = max(1, score_bytes // (4 * groups * max_blocks) // block_scores.tokens) * block_scores.tokens
-    scores = torch.empty(min(chunk, tokens), groups, max_blocks, dtype=torch.float32, device=q.device)
-    padded_blocks = triton.next_power_of_2(max_blocks)
+    row = triton.cdiv(max_blocks, ROW_MULTIPLE) * ROW_MULTIPLE
+    chunk = score_bytes // (4 * groups * row)
+    step = next((step for step in block_scores.steps if step <= chunk), block_scores.steps[-1])
+    chunk = max(1, chunk // step) * step
+    scores = torch.empty(min(chunk, tokens), groups, row, dtype=torch.float32, device=q.device)
     for first in range(0, tokens, chunk):
         last = min(first + chunk, tokens)
         block_scores.write(scores, first, last)
-        top_blocks_kernel[((last - first) * groups,)](
-            scores, position, chosen, first, max_blocks,
-            GROUPS=groups, PADDED_BLOCKS=padded_blocks, PICKS=num_selected_blocks,
-            PADDED_PICKS=triton.next_power_of_2(num_selected_blocks), NUM_INIT=num_init_blocks, NUM_LOCAL=num_local_blocks,
-            SELECT_BLOCK=select_block_size, num_warps=max(1, min(8, padded_blocks // 1024)),
-        )  # fmt: skip
+        top_blocks(scores, position, chosen, first, last, select_block_size, num_init_blocks, num_local_blocks)
     return chosen
 
 
@@ -296,6 +252,7 @@ class _TritonScores:
         # Blocks whose compressed tokens are a power of two stand in a tile as they stand in memory.
         bulk = padded == per_block and (copies_in_bulk(k_cmp) if bulk is None else bulk)
         self.tokens, self.scale_log2 = config.tokens(padded_heads), scale * LOG2_E.value
+        self.steps = (self.tokens,)
         self.tensors = (q, k_cmp, *bulk_tiles(k_cmp, blocks_at_once * padded, 1, (head, tail), bulk), lse, *ranges)
         self.strides = (*q.stride()[:2], *k_cmp.stride()[:2])
         self.settings = dict(

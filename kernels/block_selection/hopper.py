@@ -10,6 +10,8 @@ whole tiles and borders; other tokens' keys, or NaN, stay within their own row u
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 from triton.experimental import gluon
@@ -404,6 +406,8 @@ class BlockScores:
         k_tiles = (tiles(k_cmp, (KEYS.value, 1, part)) for part in (head, tail or head))
         self.tensors = (q, *q_tiles, *k_tiles, lse, *ranges)
         self.q_strides, self.tokens, self.programs = q.stride()[:2], group_tokens * warp_groups, multiprocessors(q.device)
+        # So many tokens at a time keep all programs equally busy.
+        self.steps = (self.tokens * (self.programs // math.gcd(self.programs, self.groups)), self.tokens)
         self.settings = dict(
             HEADS=heads, PADDED_HEADS=padded_heads, TOKENS=self.tokens, GROUP_TOKENS=group_tokens,
             PADDED_TOKENS=triton.next_power_of_2(self.tokens), BLOCKS=KEYS.value // per_block,

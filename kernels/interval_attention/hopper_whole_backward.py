@@ -52,7 +52,7 @@ ROWS = gl.constexpr(64)  # of a query tile
 KEYS = gl.constexpr(64)  # of a warp group
 WIDTH = gl.constexpr(128)  # of q, k, v and do
 QUADS = gl.constexpr(4096)  # floats of a tile's half, 64 columns
-STAGES = gl.constexpr(3)  # slots of the ring
+STAGES = gl.constexpr(2)  # slots of the ring
 TURNS = gl.constexpr(4)  # one more than the tiles that the usher may be ahead of the releaser
 # Fewest query tiles of a chunk.
 _LEAST_CHUNK = 32

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from nsa_cp.bench.inputs import HeadLayout
 from nsa_cp.config import NSAConfig
+from nsa_cp.ops.pipeline import groups_a_step
 
 MIB = float(1 << 20)
 GIB = float(1 << 30)
@@ -230,8 +231,9 @@ class CostModel:
 
     def _forward(self, lanes: _Lanes, tokens: int, cp: int) -> None:
         """``_Branches.forward``, then ``_GatedSum.forward``."""
-        groups, ring = self.kernels.heads.num_groups, self.config.compressed_comm == "ring"
-        raw, compressed = self._raw_bytes(tokens), self._compressed_bytes(tokens)
+        ring = self.config.compressed_comm == "ring"
+        steps, raw = self._steps(tokens)
+        compressed = self._compressed_bytes(tokens)
         # The hosts start to compare layouts. A new one they settle first, the answer to a known one is looked at in the end.
         agreed = self.agreement_step_ms * (cp - 1)
         if self.new_layout:
@@ -239,7 +241,7 @@ class CostModel:
         # Halo rows of compression and window; nothing can be computed before they are there.
         self._fetch_halo(lanes, tokens, cp)
         lanes.compute(self._kernel("forward", "compression", tokens, cp))
-        # The compressed tokens set out, to all ranks or to the next one, and behind them the first group's raw rows.
+        # The compressed tokens set out, to all ranks or to the next one, and behind them the first groups' raw rows.
         tokens_there = self._pass_on(lanes, compressed / cp) if ring else self._gather(lanes, compressed, cp)
         raw_there = self._gather(lanes, raw, cp)
         # The window computes while they travel.
@@ -251,11 +253,11 @@ class CostModel:
             lanes.compute(self._kernel("forward", "compressed", tokens, cp))
         # All compressed keys are there: the choice of blocks needs no transfer.
         lanes.compute(self._kernel("forward", "selection", tokens, cp))
-        for group in range(groups):
-            # The next group's rows set out before this one's are awaited.
-            following = self._gather(lanes, raw, cp) if group + 1 < groups else 0.0
+        for step in range(steps):
+            # The next groups' rows set out before these are awaited.
+            following = self._gather(lanes, raw, cp) if step + 1 < steps else 0.0
             self._arrive(lanes, raw_there, raw)
-            lanes.compute(self._kernel("forward", "selected", tokens, cp) / groups)
+            lanes.compute(self._kernel("forward", "selected", tokens, cp) / steps)
             raw_there = following
         lanes.compute(self._kernel("forward", "gating", tokens, cp))
         # All kernels are queued, so the hosts' answer delays the call only if these have ended before it is there.
@@ -282,44 +284,45 @@ class CostModel:
     def _backward(self, lanes: _Lanes, tokens: int, cp: int) -> None:
         """``_GatedSum.backward``, then ``_Branches.backward``."""
         groups = self.kernels.heads.num_groups
-        raw, compressed = self._raw_bytes(tokens), self._compressed_bytes(tokens)
-        branches = {stage: self._kernel("backward", stage, tokens, cp) / groups for stage in ("window", "compressed", "selected")}
+        steps, raw = self._steps(tokens)
+        compressed = self._compressed_bytes(tokens)
+        branches = {stage: self._kernel("backward", stage, tokens, cp) / steps for stage in ("window", "compressed", "selected")}
         dkv = {stage: (1 - QUERY_GRADIENT_SHARE) * ms for stage, ms in branches.items()}
         # Part of the selected branch's dk, dv, but done for all groups at once.
         picks = tokens / cp * groups * self.config.num_selected_blocks
-        sorting = min(self._copy(SORTED_BYTES * picks), groups * dkv["selected"])
+        sorting = min(self._copy(SORTED_BYTES * picks), steps * dkv["selected"])
         # Row sums and the gates' gradient come before the branches' backward begins.
         lanes.compute(self._kernel("backward", "gating", tokens, cp))
         # Halo rows once more, while the chosen blocks are sorted.
         self._fetch_halo(lanes, tokens, cp, meanwhile=sorting)
-        # The compressor runs again; its tokens and, behind them, the first group's raw rows set out.
+        # The compressor runs again; its tokens and, behind them, the first groups' raw rows set out.
         lanes.compute(self._kernel("backward", "recompression", tokens, cp))
         tokens_there = self._gather(lanes, compressed, cp)
         raw_there = self._gather(lanes, raw, cp)
         summed = 0.0
-        for group in range(groups):
-            # The next group's rows set out before anything of this one.
-            following = self._gather(lanes, raw, cp) if group + 1 < groups else 0.0
+        for step in range(steps):
+            # The next groups' rows set out before anything of these.
+            following = self._gather(lanes, raw, cp) if step + 1 < steps else 0.0
             # The window's dk, dv while compressed tokens travel.
             lanes.compute(dkv["window"])
-            if group == 0:
+            if step == 0:
                 self._arrive(lanes, tokens_there, compressed)
             # Those of the compressed tokens, whose sums over the ranks set out while the selected branch computes.
             lanes.compute(dkv["compressed"])
-            self._scatter(lanes, compressed / groups, cp)
+            self._scatter(lanes, compressed / steps, cp)
             # Those of the selected branch; their sums travel while one kernel makes dq of all branches.
             self._arrive(lanes, raw_there, raw)
-            lanes.compute(dkv["selected"] - sorting / groups)
+            lanes.compute(dkv["selected"] - sorting / steps)
             under_way = self._scatter(lanes, raw, cp)
             lanes.compute(QUERY_GRADIENT_SHARE * sum(branches.values()))
-            # The group before must be through; this one's sums go on under the next. (The two sums end in their order.)
+            # The groups before must be through; these sums go on under the next. (The two sums end in their order.)
             lanes.wait(summed)
             summed, raw_there = under_way, following
         lanes.wait(summed)
         # Groups side by side: float32 gradients of the window's rows and of own compressed ones. (Those of selected rows are
         # rounded on the way, which one GPU does too.)
-        joined = self._float32(raw * groups + compressed) / cp
-        lanes.compute(self._copy(2 * joined if groups > 1 else 0.0))
+        joined = self._float32(raw * steps + compressed) / cp
+        lanes.compute(self._copy(2 * joined if steps > 1 else 0.0))
         lanes.compute(self._kernel("backward", "compression", tokens, cp))
         # Gradients of halo rows, float32, are cut out of the buffers and go back; nothing is left to compute.
         lanes.compute(self._copy(2 * self._float32(self._halo_buffers(tokens, cp))))
@@ -333,12 +336,13 @@ class CostModel:
         # While gathered rows are held the gated sum is not there yet; in the backward the branches' outputs have made room, not
         # all of which dq and gradients of own rows take.
         beside = own - self.itemsize * tokens / cp * self.kernels.heads.num_heads * self.kernels.heads.v_dim
-        raw, compressed = self._raw_bytes(tokens), self._compressed_bytes(tokens)
-        # Raw rows of a group: as they arrive, in order, and the next group's arriving.
+        steps, raw = self._steps(tokens)
+        compressed = self._compressed_bytes(tokens)
+        # Raw rows of a step's groups: as they arrive, in order, and the next ones' arriving.
         gathered = compressed + 3 * raw
         if pass_ == "backward":
-            # Their float32 gradients: as computed, as a message, and the message of the group before, still travelling.
-            gathered += 3 * 4 / self.itemsize * (raw + compressed / self.kernels.heads.num_groups)
+            # Their float32 gradients: as computed, as a message, and the message of the step before, still travelling.
+            gathered += 3 * 4 / self.itemsize * (raw + compressed / steps)
         return max(own, beside + gathered) / GIB
 
     def _kernel(self, pass_: str, stage: str, tokens: int, cp: int) -> float:
@@ -379,6 +383,12 @@ class CostModel:
 
     def _copy(self, moved: float) -> float:
         return moved / self.kernels.copy_bytes_per_ms
+
+    def _steps(self, tokens: int) -> tuple[int, float]:
+        """Into how many parts the groups are dealt, one after the other, and bytes of a part's raw keys and values."""
+        groups, group_bytes = self.kernels.heads.num_groups, self._raw_bytes(tokens)
+        at_once = groups_a_step(groups, int(group_bytes))
+        return groups // at_once, at_once * group_bytes
 
     def _raw_bytes(self, tokens: int) -> float:
         """Keys and values of one group, whole sequence."""

@@ -39,6 +39,9 @@ from nsa_cp.ops.rope import apply_rope, rotary_tables
 from nsa_cp.ops.selected import selected_attention_forward
 from nsa_cp.ops.selection import select_blocks_forward
 
+# Bytes of raw keys and values that travel together, of several groups: two of 128 bfloat16 channels at 128k tokens.
+_STEP_BYTES = 128 << 20
+
 
 class NSAOutput(NamedTuple):
     """Result of :func:`native_sparse_attention` for the local rows; all but ``out`` carry no gradient.
@@ -112,6 +115,17 @@ def native_sparse_attention(
     return NSAOutput(out, blocks, *(lse.detach() for lse in outs[3:]))
 
 
+def groups_a_step(groups: int, group_bytes: int) -> int:
+    """K/V groups whose raw rows travel and are computed on together under context parallelism: one, or, where rows of one group
+    are few, as many as make kernels long enough to start and end well; they divide the groups, and are half of them at most.
+
+    Args:
+        group_bytes: of keys and values of one group, whole sequence.
+    """
+    most = min(groups // 2, _STEP_BYTES // max(1, group_bytes))
+    return max((n for n in range(1, most + 1) if groups % n == 0), default=1)
+
+
 @dataclass(frozen=True)
 class _Call:
     """What one call carries besides tensors."""
@@ -132,9 +146,12 @@ class _Call:
         halos = [plan.compression_halo, plan.compression_halo, plan.window_halo, plan.window_halo]
         return HaloExchange(halos, self.group, same_as)
 
-    def groups_at_once(self, groups: int) -> int:
-        """K/V groups computed on at a time: one under CP, where only one group's raw rows are resident."""
-        return 1 if group_size(self.group) > 1 else groups
+    def groups_at_once(self, k: torch.Tensor, v: torch.Tensor) -> int:
+        """K/V groups of the selected branch computed on at a time: all on one process."""
+        groups = k.shape[1]
+        if group_size(self.group) == 1:
+            return groups
+        return groups_a_step(groups, self.plan.row_partition.num_rows * (k.shape[2] + v.shape[2]) * k.element_size())
 
     def heads_of(self, groups: slice) -> slice:
         """Query heads of a slice of groups."""
@@ -169,7 +186,7 @@ class _Branches(torch.autograd.Function):
         compressed = call.compress(*buffers, weights)
         # Small messages first: the compressed tokens, then the first group's raw keys and values.
         whole = _CompressedTokens(call, compressed)
-        raw = _GroupGather(call, k_slc, v_slc, call.groups_at_once(k_slc.shape[1]))
+        raw = _GroupGather(call, k_slc, v_slc, call.groups_at_once(k_slc, v_slc))
         out_win, lse_win = interval_attention_forward(q, k_window, v_window, plan.window_intervals, backend)
         out_cmp, lse_cmp = whole.attend(q)
         if blocks is None:
@@ -196,7 +213,7 @@ class _Branches(torch.autograd.Function):
         k_buffer, v_buffer, k_window, v_window = halo.wait()
         compression = _RecomputedCompression(call, k_buffer, v_buffer, weights)
         gathered = RowGather(compression.outputs, plan.compressed_partition, call.group)
-        at_once = call.groups_at_once(k_slc.shape[1])
+        at_once = call.groups_at_once(k_slc, v_slc)
         five = five_product_groups(q, grad, (k_window, v_window), plan, call.backend, at_once)
         raw = _GroupGather(call, k_slc, v_slc, five or at_once)
         k_whole = v_whole = None

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsa_cp.kernels.block_selection.forward import select_blocks_forward, top_blocks_kernel
+from nsa_cp.kernels.block_selection.forward import select_blocks_forward
+from nsa_cp.kernels.block_selection.top_blocks import top_blocks
 from nsa_cp.kernels.tuning import TileConfig
 
 SMALL = TileConfig(rows=16, keys=16, num_warps=4, num_stages=2)
@@ -152,25 +153,57 @@ def test_equal_scores_go_to_the_lowest_index(device: str) -> None:
     assert chosen[3, 1].tolist() == [0, 1, 2, 3, 7]
 
 
-@pytest.mark.parametrize("init, local", [(0, 1), (1, 2), (2, 3)])
-def test_top_of_given_scores(init: int, local: int, device: str) -> None:
+def check_top(scores: Tensor, init: int, local: int, picks: int, width: int | None) -> None:
+    """The choice at every number of visible blocks, [blocks, groups, blocks], is the definition's."""
+    blocks, groups = scores.shape[:2]
+    position = torch.arange(blocks, dtype=torch.int32, device=scores.device) * 4 + 1
+    chosen = torch.full((blocks, groups, picks), -7, dtype=torch.int32, device=scores.device)
+    # What lies behind a row's visible blocks is not theirs.
+    rows = torch.full((blocks, groups, -(-blocks // 4) * 4), float("nan"), device=scores.device)
+    visible = torch.arange(blocks)[:, None] >= torch.arange(blocks)
+    rows[..., :blocks] = torch.where(visible.to(scores.device)[:, None], scores, float("inf"))
+    top_blocks(rows, position, chosen, 0, blocks, 4, init, local, width=width)
+    problem = CASES["2heads"]._replace(picks=picks, init=init, local=local)
+    for own in range(blocks):
+        for group in range(groups):
+            expected, _ = best_blocks(scores[own, group].cpu(), own, problem)
+            assert chosen[own, group].tolist() == expected + [-1] * (picks - len(expected)), (own, group)
+
+
+@pytest.mark.parametrize("init, local, picks", [(0, 1, 6), (1, 2, 6), (2, 3, 6), (2, 3, 5), (0, 1, 1), (3, 1, 8)])
+def test_top_of_given_scores(init: int, local: int, picks: int, device: str) -> None:
     """Zeros, ties, denormals and equal rows, at every number of visible blocks."""
-    blocks, picks = 21, 6
+    blocks = 21
     scores = torch.rand(blocks, 2, blocks, device=device)
     scores[:, 0] = (scores[:, 0] * 4).floor() / 4
     scores[5:9, 1] *= 1e-41
     scores[9:12] = 0.0
-    position = torch.arange(blocks, dtype=torch.int32, device=device) * 4 + 1
-    chosen = torch.full((blocks, 2, picks), -7, dtype=torch.int32, device=device)
-    top_blocks_kernel[(blocks * 2,)](
-        scores, position, chosen, 0, blocks,
-        GROUPS=2, PADDED_BLOCKS=32, PICKS=picks, PADDED_PICKS=8, NUM_INIT=init, NUM_LOCAL=local, SELECT_BLOCK=4,
-    )  # fmt: skip
-    problem = CASES["2heads"]._replace(picks=picks, init=init, local=local)
-    for own in range(blocks):
-        for group in range(2):
-            expected, _ = best_blocks(scores[own, group].cpu(), own, problem)
-            assert chosen[own, group].tolist() == expected + [-1] * (picks - len(expected))
+    check_top(scores, init, local, picks, None)
+
+
+@pytest.mark.parametrize("width", [8, 16, 32])
+def test_top_of_rows_longer_than_a_program_holds(width: int, device: str) -> None:
+    """Rows of several tiles: independent scores, ties across tiles, and the best ones in one class, which hide one another."""
+    blocks, picks = 75, 7
+    scores = torch.rand(blocks, 3, blocks, device=device)
+    scores[:, 1] = (scores[:, 1] * 6).floor() / 6
+    scores[::2, 2, 3::width] += 2.0
+    scores[1::2, 2, 3::width] = 2.0
+    scores[70:73] = 0.0
+    check_top(scores, 1, 2, picks, width)
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF])
+def test_top_of_scores_that_are_no_numbers(bits: int, device: str) -> None:
+    """NaN (of a query that is one) still chooses visible blocks, each once."""
+    scores = torch.full((40, 1, 40), bits, dtype=torch.int32, device=device).view(torch.float32)
+    scores[20:, 0, ::2] = 0.5
+    position = torch.arange(40, dtype=torch.int32, device=device)
+    chosen = torch.full((40, 1, 5), -7, dtype=torch.int32, device=device)
+    top_blocks(scores, position, chosen, 0, 40, 1, 1, 2, width=8)
+    for own in range(40):
+        found = chosen[own, 0, : min(own + 1, 5)].tolist()
+        assert found == sorted(set(found)) and 0 <= found[0] and found[-1] == own
 
 
 def test_bad_arguments_are_refused(device: str) -> None:

@@ -32,6 +32,15 @@ def test_slices_of_groups_change_nothing(at_once: int, slices: int) -> None:
         assert_close(answers[key], value, atol=1e-12, rtol=1e-12, name=key)
 
 
+@pytest.mark.parametrize(
+    "groups, mib, expected",
+    [(1, 1, 1), (2, 1, 1), (3, 1, 1), (4, 64, 2), (4, 65, 1), (8, 32, 4), (8, 1, 4), (8, 43, 2), (6, 1, 3), (4, 4096, 1)],
+)
+def test_groups_that_travel_together(groups: int, mib: int, expected: int) -> None:
+    """Half of them at most, 128 MiB at most, and never less than one."""
+    assert pipeline.groups_a_step(groups, mib << 20) == expected
+
+
 VISIBLE = branches.LEAST_PAIRS // (HEADS // GROUPS)
 
 
