@@ -16,7 +16,10 @@ from nsa_cp.study.table import Claim, Study
 from nsa_cp.training.errors import UserError
 
 _VERDICTS = {"shown": "**shown**", "refuted": "**refuted**: it is worse by more", "open": "open: the interval holds both"}
-_CONTROLS = ("window", "compressed_window", "random_blocks")
+# An arm, and one that lacks a part of it.
+_CONTROLS = (
+    ("nsa", "window"), ("nsa", "compressed_window"), ("nsa", "random_blocks"), ("late_selection", "late_random"),
+)  # fmt: skip
 
 
 def write_report(name: str, scale: str, runs: Path, folder: Path) -> list[Path]:
@@ -153,31 +156,29 @@ def _judged(claim: Claim, ours: ArmResult | None, theirs: ArmResult | None) -> s
 def _controls(study: Study, results: dict[str, ArmResult]) -> Iterator[str]:
     yield "## What each part is for"
     yield ""
-    yield "NSA minus the arm that lacks a part, paired by seed."
+    yield "An arm minus one that lacks a part of it, paired by seed."
     yield ""
-    yield from _differences(study, results, [name for name in _CONTROLS if name in results], "nsa minus this arm", sign=1)
+    yield from _differences(study, results, _CONTROLS)
 
 
 def _defaults(study: Study, results: dict[str, ArmResult]) -> Iterator[str]:
-    names = [arm.name for arm in study.arms if arm.tests_default and arm.name in results]
-    if names:
+    pairs = [(arm.name, "nsa") for arm in study.arms if arm.tests_default and arm.name in results]
+    if pairs:
         yield "## Defaults"
         yield ""
         yield "Each arm differs from `nsa` in its defaults; the arm minus `nsa`, paired by seed."
         yield ""
-        yield from _differences(study, results, names, "this arm minus nsa", sign=-1)
+        yield from _differences(study, results, pairs)
 
 
-def _differences(study: Study, results: dict[str, ArmResult], names: Sequence[str], head: str, sign: int) -> Iterator[str]:
-    metrics = study.metrics
-    yield f"| arm | {' | '.join(f'{metric}, {head}' for metric in metrics)} |"
-    yield "|---" * (1 + len(metrics)) + "|"
-    for name in names:
-        cells = []
-        for metric in metrics:
-            pair = (results.get("nsa"), results[name])[::sign]
-            cells.append(_with_interval(difference(*pair, metric) if all(pair) else None, metric))
-        yield f"| {name} | {' | '.join(cells)} |"
+def _differences(study: Study, results: dict[str, ArmResult], pairs: Sequence[tuple[str, str]]) -> Iterator[str]:
+    yield f"| | {' | '.join(study.metrics)} |"
+    yield "|---" * (1 + len(study.metrics)) + "|"
+    for names in pairs:
+        pair = [results[name] for name in names if name in results]
+        if len(pair) == 2:
+            cells = [_with_interval(difference(*pair, metric), metric) for metric in study.metrics]
+            yield f"| {' minus '.join(names)} | {' | '.join(cells)} |"
     yield ""
 
 
