@@ -11,6 +11,7 @@ try:
         from nsa_cp.megatron.batch import shard_batch
         from nsa_cp.megatron.config import AttentionSettings, NSATransformerConfig
         from nsa_cp.megatron.cpu import check_cpu_config, cpu_compatibility, enable
+        from nsa_cp.megatron.late_opening import close_selected_branches, open_selected_branches
         from nsa_cp.megatron.layer_specs import get_nsa_layer_spec, get_nsa_transformer_layer_spec
         from nsa_cp.megatron.layout import check_sequence_length, make_packed_seq_params, sequence_layout
         from nsa_cp.megatron.model import build_gpt_model
@@ -30,12 +31,14 @@ __all__ = [
     "check_apex",
     "check_cpu_config",
     "check_sequence_length",
+    "close_selected_branches",
     "cpu_compatibility",
     "enable",
     "get_nsa_layer_spec",
     "get_nsa_transformer_layer_spec",
     "has_apex",
     "make_packed_seq_params",
+    "open_selected_branches",
     "sequence_layout",
     "shard_batch",
 ]

@@ -40,6 +40,9 @@ class NSASelfAttention(MegatronModule):
         layer_number: global and 1-based, as Megatron's layers pass it; picks the entry of the layer pattern.
         pg_collection: process groups ``tp`` and ``cp``; Megatron's own when None.
 
+    Attributes:
+        selected_is_open: False holds the selected branch's gate at exactly 0 (see :meth:`close_selected`). Part of no checkpoint.
+
     Raises:
         ValueError: settings that the layer cannot follow.
     """
@@ -70,6 +73,7 @@ class NSASelfAttention(MegatronModule):
         self.qk_dim = config.kv_channels
         self.v_dim = self.settings.v_channels or config.kv_channels
         self.num_pairs = nsa.num_branch_kv if is_nsa else 1
+        self.selected_is_open = True
         gate_width = nsa.num_gates * self.heads_per_group if is_nsa and nsa.gate == "head" else 0
         # What one group takes of the fused projection, in order: queries, (key, value) for each branch, gate logits.
         self.group_widths = [self.heads_per_group * self.qk_dim, *[self.qk_dim, self.v_dim] * self.num_pairs, gate_width]
@@ -152,6 +156,31 @@ class NSASelfAttention(MegatronModule):
         out = out.reshape(batch, length, -1).transpose(0, 1).contiguous()
         return self.linear_proj(out)
 
+    def close_selected(self) -> None:
+        """Hold the selected branch's gate at exactly 0: it adds nothing, and neither its gate nor its keys and values get a
+        gradient. Without effect in layers that are not ``nsa``."""
+        self.selected_is_open = self.layer_type != "nsa"
+
+    @torch.no_grad()
+    def open_selected(self) -> None:
+        """Open the selected branch, if it is closed: it begins with the window's key and value projections, which know by then
+        how to find a token, as its own have learned nothing. Nothing is copied where keys and values are shared.
+
+        An optimizer that keeps main weights of its own has to be told: :func:`nsa_cp.megatron.open_selected_branches`.
+        """
+        if self.selected_is_open:
+            return
+        self.selected_is_open = True
+        if self.settings.nsa.shared_kv:
+            return
+        for rows in (self.linear_qkv.weight, self.linear_qkv.bias):
+            if rows is None:
+                continue
+            parts = rows.unflatten(0, (self.num_groups, -1)).split(self.group_widths, dim=1)
+            _, _, _, k_selected, v_selected, k_window, v_window, _ = parts
+            k_selected.copy_(k_window)
+            v_selected.copy_(v_window)
+
     def backward_dw(self) -> None:
         """Weight gradients that Megatron delayed, of both projections."""
         self.linear_qkv.backward_dw()
@@ -196,7 +225,8 @@ class NSASelfAttention(MegatronModule):
         keys, values = tuple(pairs[0::2]), tuple(pairs[1::2])
         nsa, rotary = self.settings.nsa, self.settings.rotary
         if self.core_attention is not None:
-            return self.core_attention(q, keys, values, tensors[-1], layout)
+            logits = tensors[-1] if self.selected_is_open else _without_selected(tensors[-1])
+            return self.core_attention(q, keys, values, logits, layout)
         if self.layer_type == "full":
             return full_attention(q, keys[0], values[0], layout, rotary=rotary, cp_group=self.cp_group)
         return sliding_window_attention(
@@ -245,6 +275,12 @@ class NSASelfAttention(MegatronModule):
 def _flatten_tokens(x: Tensor) -> Tensor:
     """[s, b, channels] to [b * s, channels]: a batch is a pack with one sequence after the other."""
     return x.transpose(0, 1).reshape(-1, x.shape[-1])
+
+
+def _without_selected(logits: Tensor) -> Tensor:
+    """Gate logits [T, N or 1, 3] with -inf for the selected branch, whose gate is then exactly 0 and gets no gradient."""
+    compressed, selected, window = logits.unbind(-1)
+    return torch.stack([compressed, torch.full_like(selected, float("-inf")), window], -1)
 
 
 def _refuse(mask: Any, key_value_states: Any, inference_context: Any, rotary_pos_emb: Any, bias: Any) -> None:

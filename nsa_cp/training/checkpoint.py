@@ -30,6 +30,7 @@ MANIFEST = "nsa_cp_manifest.json"
 LATEST = "latest"
 _FORMAT, _VERSION = "nsa_cp checkpoint", 1
 _TEMPORARY = ".incomplete-"
+_STATES = {True: "closed", False: "open"}
 # The only format in which DistributedOptimizer's state can be read on another data-parallel size.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
 
@@ -110,6 +111,19 @@ def check_compatible(manifest: dict[str, Any], config: RunConfig, path: Path) ->
             f"checkpoint {path} is at step {manifest['step']}, beyond train.steps = {config.train.steps}; "
             f"raise train.steps to go on"
         )
+    _check_selected_branch(manifest, config, path)
+
+
+def _check_selected_branch(manifest: dict[str, Any], config: RunConfig, path: Path) -> None:
+    """Weights do not tell whether the selected branch is closed: the settings must agree on it at the checkpoint's step."""
+    step, saved, wanted = manifest["step"], manifest.get("selected_from_step", 0), config.train.selected_from_step
+    was_closed, now = step <= saved, config.train.selected_is_closed(step)  # no checkpoint is of step 0
+    if was_closed != now:
+        raise UserError(
+            f"checkpoint {path} of step {step} was written with train.selected_from_step = {saved}, its selected branch "
+            f"{_STATES[was_closed]}, but with {wanted} it would be {_STATES[now]} there; use {saved}"
+            + (f", or {step} to open it now" if was_closed else "")
+        )
 
 
 def check_same_data(manifest: dict[str, Any], config: RunConfig, path: Path) -> None:
@@ -173,6 +187,7 @@ def save_checkpoint(
                 "optimizer": _optimizer_kind(config),
                 "parallel": {**config.parallel.model_dump(mode="json"), "world_size": dist.get_world_size()},
                 "seed": config.seed,
+                "selected_from_step": config.train.selected_from_step,
                 "data": config.data.model_dump(mode="json"),
                 "files": {
                     str(item.relative_to(temporary)): item.stat().st_size

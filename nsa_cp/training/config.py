@@ -118,11 +118,21 @@ class TrainSection(Section):
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="parameters and activations; bf16 keeps fp32 main weights")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where every process has a GPU")
     recompute: Literal["none", "full"] = Field("none", description="full: recompute every layer in the backward pass")
+    selected_from_step: NotNegative = Field(
+        0,
+        description="steps before which NSA's selected branch is closed (its gate is 0); it opens with the window's key and "
+        "value projections; 0: open from the start",
+    )
     log_interval: Positive = Field(1, description="steps between printed lines")
     eval_interval: NotNegative = Field(100, description="steps between validations; 0 validates only at the end")
     eval_sequences: Positive = Field(8, description="validation sequences, always the same ones")
     checkpoint_interval: NotNegative = Field(0, description="steps between checkpoints; 0 saves only at the end")
     keep_checkpoints: Positive = Field(2, description="newest checkpoints that are kept")
+
+    def selected_is_closed(self, step: int) -> bool:
+        """Whether a model after ``step`` optimizer steps has NSA's selected branch closed. It opens as the next step begins, so
+        what is saved and validated after step ``selected_from_step`` still has it closed."""
+        return self.selected_from_step > 0 and step <= self.selected_from_step
 
 
 class SampleSection(Section):

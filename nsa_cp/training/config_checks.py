@@ -186,11 +186,33 @@ def _check_train(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "train.warmup_steps", f"{train.warmup_steps} is larger than train.steps = {train.steps}; use at most {train.steps}"
         )
+    if train.selected_from_step > train.steps:
+        yield Problem(
+            "train.selected_from_step",
+            f"{train.selected_from_step} is larger than train.steps = {train.steps}; use at most {train.steps}, which keeps the "
+            f"selected branch closed for the whole run",
+        )
     if train.global_batch_size % train.micro_batch_size:
         yield Problem(
             "train.global_batch_size",
             f"{train.global_batch_size} is not a multiple of train.micro_batch_size = {train.micro_batch_size}; "
             f"use {_round_up(train.global_batch_size, train.micro_batch_size)}",
+        )
+
+
+def _check_late_opening(config: RunConfig) -> Iterator[Problem]:
+    step, nsa = config.train.selected_from_step, config.nsa
+    if step and "nsa" not in config.layer_kinds:
+        yield Problem(
+            "train.selected_from_step",
+            f"{step} closes the selected branch of nsa layers, but model.layer_pattern = {list(config.model.layer_pattern)} has "
+            f"none; set it to 0",
+        )
+    elif step and nsa.window_size == 0 and not nsa.shared_kv:
+        yield Problem(
+            "train.selected_from_step",
+            f"{step} opens the selected branch with the window's keys and values, but nsa.window_size = 0 leaves those "
+            f"untrained; use nsa.shared_kv = true or a window of at least 1",
         )
 
 
@@ -226,6 +248,7 @@ _CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
     (("model", "parallel"), _check_pipeline),
     (("data", "parallel", "nsa"), _check_layout),
     (("train",), _check_train),
+    (("train", "model", "nsa"), _check_late_opening),
     (("data",), _check_data),
 )
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from nsa_cp.context_parallel import count_traffic
-from nsa_cp.megatron import check_apex
+from nsa_cp.megatron import check_apex, close_selected_branches, open_selected_branches
 from nsa_cp.training import plots
 from nsa_cp.training.checkpoint import (
     check_compatible,
@@ -179,6 +179,7 @@ def _run(plan: Plan, *, overwrite: bool) -> dict[str, Any] | None:
         path, manifest = plan.checkpoint
         load_checkpoint(path, trainer.chunks, trainer.optimizer, manifest=manifest)
         progress = Progress(manifest["step"], manifest["consumed_samples"], saved_step=manifest["step"])
+    _close_selected_until_due(trainer, progress.step)
     # Forming the groups was a collective, so every process has looked at the folder before the first one changes it.
     if first:
         folder.begin(config, overwrite=overwrite)
@@ -206,6 +207,7 @@ def _train_steps(trainer: Trainer, plan: Plan, progress: Progress, reporter: Rep
     train, folder = trainer.config.train, plan.folder
     stopped = False
     while progress.step < train.steps and not stopped:
+        _open_selected_when_due(trainer, progress.step, reporter)
         began = time.monotonic()
         row = train_step(trainer, plan.source, progress, stop)
         last = progress.step == train.steps
@@ -222,6 +224,20 @@ def _train_steps(trainer: Trainer, plan: Plan, progress: Progress, reporter: Rep
         if stopped or last or (train.checkpoint_interval and progress.step % train.checkpoint_interval == 0):
             _save(trainer, folder, progress)
     return stopped
+
+
+def _close_selected_until_due(trainer: Trainer, step: int) -> None:
+    """Close the selected branch of a model after ``step`` steps if it is to open later."""
+    if trainer.config.train.selected_is_closed(step):
+        close_selected_branches(trainer.chunks)
+
+
+def _open_selected_when_due(trainer: Trainer, step: int, reporter: Reporter) -> None:
+    """Open the selected branch if the step that begins after ``step`` steps is its first. Collective."""
+    if step and step == trainer.config.train.selected_from_step:
+        open_selected_branches(trainer.wrapped, trainer.optimizer)
+        shared = trainer.config.nsa.shared_kv
+        reporter.say(f"selected branch opened after step {step}" + ("" if shared else ", with the window's keys and values"))
 
 
 def train_step(trainer: Trainer, source: SampleSource, progress: Progress, stop: StopRequest) -> dict[str, Any]:
@@ -380,6 +396,7 @@ def evaluate(config: RunConfig, checkpoint: Path | None = None) -> dict[str, Any
     with processes(plan):
         trainer = build_trainer(plan.config, plan.device, for_training=False)
         load_checkpoint(path, trainer.chunks, None, manifest=manifest)
+        _close_selected_until_due(trainer, manifest["step"])
         loss = validation_loss(trainer, plan.source)
     whole, validation = plan.source.unigram_bits_per_byte()
     return {

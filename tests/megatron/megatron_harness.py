@@ -266,12 +266,12 @@ def megatron_step(iterator: Iterator[Any], model: Any) -> tuple[torch.Tensor, Ca
 # --- one step ---------------------------------------------------------------------------------------------------------------
 
 
-def wrap(config: Any, chunks: Sequence[Any]) -> list[Any]:
+def wrap(config: Any, chunks: Sequence[Any], **ddp: Any) -> list[Any]:
     """The chunks in Megatron's DDP, which reduces gradients over data and context parallel ranks."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
     config.finalize_model_grads_func = finalize_model_grads
-    return [DistributedDataParallel(config, DistributedDataParallelConfig(), chunk) for chunk in chunks]
+    return [DistributedDataParallel(config, DistributedDataParallelConfig(**ddp), chunk) for chunk in chunks]
 
 
 def forward_backward(

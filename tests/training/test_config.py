@@ -149,6 +149,21 @@ REFUSED = {
         "train.warmup_steps",
         "20 is larger than train.steps = 5; use at most 5",
     ),
+    "opens after the run": (
+        ["train.selected_from_step=301"],
+        "train.selected_from_step",
+        "301 is larger than train.steps = 300; use at most 300, which keeps",
+    ),
+    "nothing to open": (
+        ["train.selected_from_step=9", "model.layer_pattern=[full, window]"],
+        "train.selected_from_step",
+        r"9 closes .* model.layer_pattern = \['full', 'window'\] has none; set it to 0",
+    ),
+    "opens with an untrained window": (
+        ["train.selected_from_step=9", "nsa.window_size=0"],
+        "train.selected_from_step",
+        "nsa.window_size = 0 leaves those untrained; use nsa.shared_kv = true or",
+    ),
     "min above max": (["train.min_lr=1"], "train.min_lr", "1.0 is larger than train.lr = 0.001"),
     "batch": (["train.global_batch_size=3", "train.micro_batch_size=2"], "train.global_batch_size", "3.*2; use 4"),
     "no file named": (["data.kind=text"], "data.paths", "name at least one"),
@@ -177,6 +192,12 @@ def test_contradictions_name_the_numbers_and_the_remedy(case: str) -> None:
     found = problems({}, *overrides)
     assert list(found) == [path]
     assert re.search(pattern, found[path]), found[path]
+
+
+def test_late_opening_is_allowed_where_it_means_something() -> None:
+    assert build_config({}, ["train.selected_from_step=300"]).train.selected_from_step == 300
+    build_config({}, ["train.selected_from_step=9", "model.layer_pattern=[full, nsa]"])
+    build_config({}, ["train.selected_from_step=9", "nsa.window_size=0", "nsa.shared_kv=true"])
 
 
 def test_a_plain_sequence_may_have_any_length_on_one_process() -> None:
