@@ -5,6 +5,8 @@ Queries are taken in chunks, so that the scores of a chunk, float32 [queries, G,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -26,7 +28,8 @@ from ..hopper import on_hopper
 from ..tuning import TileConfig, tile_config
 from .top_blocks import ROW_MULTIPLE, top_blocks
 
-# Bytes of scores held at once. At 64k tokens of 64 heads the outputs that are not there yet will need twice as much.
+# Bytes of scores held at once. At 64k tokens of 64 heads the outputs that are not there yet will need twice as much; with few
+# heads, or on one of many ranks, these bytes may add to the peak.
 SCORE_BYTES = 512 << 20
 
 
@@ -213,15 +216,22 @@ def select_blocks_forward(
     options = {"config": config, "bulk": bulk} if scorer is _TritonScores else {}
     block_scores = scorer(q, k_cmp, lse, (cmp_begin, cmp_end, position), *shape, scale, **options)
     row = triton.cdiv(max_blocks, ROW_MULTIPLE) * ROW_MULTIPLE
-    chunk = score_bytes // (4 * groups * row)
-    step = next((step for step in block_scores.steps if step <= chunk), block_scores.steps[-1])
-    chunk = max(1, chunk // step) * step
+    chunk = chunk_tokens(tokens, score_bytes // (4 * groups * row), block_scores.steps)
     scores = torch.empty(min(chunk, tokens), groups, row, dtype=torch.float32, device=q.device)
     for first in range(0, tokens, chunk):
         last = min(first + chunk, tokens)
         block_scores.write(scores, first, last)
         top_blocks(scores, position, chosen, first, last, select_block_size, num_init_blocks, num_local_blocks)
     return chosen
+
+
+def chunk_tokens(tokens: int, most: int, steps: Sequence[int]) -> int:
+    """Queries of a chunk: at most ``most``, a multiple of the first of ``steps`` that ``most`` holds (of the last one, if of
+    none), and no more than deal the tokens evenly."""
+    step = next((step for step in steps if step <= most), steps[-1])
+    most = max(step, most // step * step)
+    even = triton.cdiv(tokens, triton.cdiv(tokens, most))
+    return triton.cdiv(even, step) * step
 
 
 class _TritonScores:

@@ -1,9 +1,10 @@
 """The n best blocks of every query and group, from their scores (paper equations 11 and 12).
 
-Scores are not negative, so their bit patterns order like integers. The threshold, the n-th largest, is found by halving an
-interval of patterns, on what fits in registers: the largest of each of ``WIDTH`` classes, the blocks whose numbers differ by
-multiples of ``WIDTH``. Long rows are read once for that and once more to see whether the threshold is also that of all their
-blocks. It is unless two of the best are in one class; then the interval is halved on from there, on the row itself.
+Scores are not negative, so their bit patterns order like integers (without the sign, which a NaN or a zero may have). The
+threshold, the n-th largest, is found by halving an interval of patterns, on what fits in registers: the largest of each of
+``WIDTH`` classes, the blocks whose numbers differ by multiples of ``WIDTH``. Long rows are read once for that and once more to
+see whether the threshold is also that of all their blocks. It is unless two of the best are in one class; then the interval is
+halved on from there, on the row itself.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def _ranks(row_ptr, tile, first, stop, WIDTH: tl.constexpr):
     """Bit patterns of the scores of a tile's blocks within ``first .. stop``, -1 for the others."""
     block = tile * WIDTH + tl.arange(0, WIDTH)
     # Four at a time, so some past ``stop``, too: the row has room for them.
-    rank = tl.load(row_ptr + block, mask=block < tl.cdiv(stop, 4) * 4, other=0.0).to(tl.int32, bitcast=True)
+    rank = tl.load(row_ptr + block, mask=block < tl.cdiv(stop, 4) * 4, other=0.0).to(tl.int32, bitcast=True) & INT_MAX
     return tl.where((block >= first) & (block < stop), rank, -1)
 
 
@@ -135,6 +136,7 @@ def top_blocks(
     classes, warps = next((shape for most, shape in _SHAPES.items() if row <= most), _LONGEST_SHAPE)
     padded_picks = triton.next_power_of_2(picks)
     width = width or max(padded_picks, min(triton.next_power_of_2(row), classes))
+    assert width >= picks, "the best of the classes must be as many as there are picks"
     top_blocks_kernel[((last - first) * groups,)](
         scores, position, chosen, first, row // ROW_MULTIPLE,
         GROUPS=groups, WIDTH=width, PICKS=picks, PADDED_PICKS=padded_picks, NUM_INIT=num_init_blocks, NUM_LOCAL=num_local_blocks,

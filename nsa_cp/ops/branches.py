@@ -19,7 +19,7 @@ KeyGradients = tuple[torch.Tensor, torch.Tensor]
 # products a tile where two kernels take 4 and 3, but a kernel that starts and ends slowly (docs/kernels.md). 64k tokens of 32
 # heads have so many, and half of 128k tokens of 16 heads.
 LEAST_PAIRS = 4_000_000_000
-# Bytes of its buffer with dq in float32: for several groups at once, and at most for one.
+# Bytes of its buffer with dq in float32: as many groups at once as fit in the first, and at most the second.
 _BUFFER_BYTES, _MOST_BUFFER_BYTES = 1 << 30, 1 << 32
 
 
@@ -53,13 +53,23 @@ class ChosenBlocks:
 
 
 def five_product_groups(
-    q: torch.Tensor, grad: torch.Tensor, keys: Sequence[torch.Tensor], plan: NSAPlan, backend: str, most: int
+    q: torch.Tensor,
+    grad: torch.Tensor,
+    keys: Sequence[torch.Tensor],
+    plan: NSAPlan,
+    backend: str,
+    most: int,
+    *,
+    fewer: bool,
 ) -> int:
     """K/V groups at a time, at most ``most``, for which the compressed branch's backward makes dq, too; 0 if it does not. They
     divide the groups: kernels are compiled for a number of groups.
 
     Args:
         q, grad: as of :class:`BranchesBackward`. keys: k, v of one or more branches, with all groups.
+        most: divides the groups.
+        fewer: or fewer groups; otherwise ``most`` or none. What is asked here is about this rank alone, so ranks that send
+            each other slices of groups could come to different slices.
     """
     if not _takes_five_products(q, grad, keys, plan, backend):
         return 0
@@ -68,10 +78,10 @@ def five_product_groups(
     groups = keys[0].shape[1]
     heads = q.shape[1] // groups
     buffer = dq_bytes(len(q), heads)
-    fitting = min(most, max(1, _BUFFER_BYTES // max(1, buffer)))
-    at_once = max(n for n in range(1, groups + 1) if groups % n == 0 and n <= fitting)
+    fitting = min(most, max(1, _BUFFER_BYTES // max(1, buffer))) if fewer else most
+    at_once = max(n for n in range(1, fitting + 1) if groups % n == 0)
     pairs = plan.compressed_intervals.num_visible * heads * at_once
-    return at_once if pairs >= LEAST_PAIRS and buffer <= _MOST_BUFFER_BYTES else 0
+    return at_once if pairs >= LEAST_PAIRS and at_once * buffer <= _MOST_BUFFER_BYTES else 0
 
 
 def _takes_five_products(q: torch.Tensor, grad: torch.Tensor, keys: Sequence[torch.Tensor], plan: NSAPlan, backend: str) -> bool:

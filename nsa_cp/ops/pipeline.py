@@ -39,7 +39,7 @@ from nsa_cp.ops.rope import apply_rope, rotary_tables
 from nsa_cp.ops.selected import selected_attention_forward
 from nsa_cp.ops.selection import select_blocks_forward
 
-# Bytes of raw keys and values that travel together, of several groups: two of 128 bfloat16 channels at 128k tokens.
+# Several groups travel together up to so many bytes of raw keys and values: two of 128 bfloat16 channels at 128k tokens.
 _STEP_BYTES = 128 << 20
 
 
@@ -184,7 +184,7 @@ class _Branches(torch.autograd.Function):
         halo.start([k_cmp, v_cmp, k_win, v_win])
         *buffers, k_window, v_window = halo.wait()
         compressed = call.compress(*buffers, weights)
-        # Small messages first: the compressed tokens, then the first group's raw keys and values.
+        # Small messages first: the compressed tokens, then the first groups' raw keys and values.
         whole = _CompressedTokens(call, compressed)
         raw = _GroupGather(call, k_slc, v_slc, call.groups_at_once(k_slc, v_slc))
         out_win, lse_win = interval_attention_forward(q, k_window, v_window, plan.window_intervals, backend)
@@ -214,7 +214,9 @@ class _Branches(torch.autograd.Function):
         compression = _RecomputedCompression(call, k_buffer, v_buffer, weights)
         gathered = RowGather(compression.outputs, plan.compressed_partition, call.group)
         at_once = call.groups_at_once(k_slc, v_slc)
-        five = five_product_groups(q, grad, (k_window, v_window), plan, call.backend, at_once)
+        # Slices are messages, which all ranks must cut alike.
+        alone = group_size(call.group) == 1
+        five = five_product_groups(q, grad, (k_window, v_window), plan, call.backend, at_once, fewer=alone)
         raw = _GroupGather(call, k_slc, v_slc, five or at_once)
         k_whole = v_whole = None
         dq = torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -53,6 +53,15 @@ def test_a_link_follows_its_points() -> None:
     assert Link.of_rate(50, 0.1, 0.0).time("exchange", 50e6, 2) == pytest.approx(1.1)
 
 
+def test_groups_that_travel_together_are_one_step() -> None:
+    """Of 8 groups four at 128 MiB, then two, then one; of 2 always one."""
+    model = CostModel(replace(KERNELS, heads=HeadLayout(8, 8, 64, 64)), _link(1.0), CONFIG)
+    assert [model._steps(kib << 10) for kib in (128, 256, 512)] == [
+        (2, 4 * TOKEN * (128 << 10)), (4, 2 * TOKEN * (256 << 10)), (8, TOKEN * (512 << 10)),
+    ]  # fmt: skip
+    assert CostModel(KERNELS, _link(1.0), CONFIG)._steps(1 << 10) == (2, TOKEN * (1 << 10))
+
+
 def test_free_transfers_leave_the_kernels() -> None:
     model = CostModel(KERNELS, _link(0.0), CONFIG)
     forward = model.predict("forward", UNIT, 4)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from nsa_cp.config import NSAConfig, RotaryConfig
 from nsa_cp.context_parallel import HaloExchange, RowReduceScatter, SequenceLayout
+from nsa_cp.ops import pipeline
 from nsa_cp.ops.plan import NSAPlan, get_plan, get_window_plan
 from nsa_cp.reference import reference_native_sparse_attention
 from nsa_cp.testing import assert_close
@@ -129,6 +130,36 @@ def expected() -> dict[str, dict[str, torch.Tensor]]:
 def test_parity_with_one_process(workers, expected, world_size: int, kind: str, comm: str) -> None:
     names = list(CASES)
     _compare(workers(world_size).run(_solve_on_rank, names, kind, comm), names, kind, world_size, expected)
+
+
+def _eight_groups() -> AttentionProblem:
+    config = replace(BASE, layout="zigzag", compressed_comm="all_gather")
+    return make_problem(config, PACKED, num_heads=8, num_groups=8, rotary=RotaryConfig(), seed=3)
+
+
+def _solve_in_slices(rank: int, world_size: int) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """Answers, and groups of each of the backward's slices, on ranks that differ in whether five products are worth it."""
+    problem = _eight_groups()
+    layout = SequenceLayout.build(PACKED, cp_size=world_size, cp_rank=rank)
+
+    def five(*arguments: object, fewer: bool) -> int:
+        return 1 if fewer else rank * arguments[-1]
+
+    get_plan.cache_clear()
+    with mock.patch.object(pipeline, "five_product_groups", five):
+        with mock.patch.object(pipeline, "BranchesBackward", wraps=pipeline.BranchesBackward) as made:
+            answers = solve(problem.shard(layout), layout=layout, group=dist.group.WORLD)
+    get_plan.cache_clear()
+    return answers, [call.args[2].blocks.shape[1] for call in made.call_args_list]
+
+
+def test_all_ranks_cut_the_groups_alike(workers) -> None:
+    """Eight groups go four at a time, whatever each rank thinks of its own share."""
+    shards = workers(2).run(_solve_in_slices)
+    assert [slices for _, slices in shards] == [[4, 4], [4, 4]]
+    joined = join_shards([answers for answers, _ in shards], SequenceLayout.build(PACKED, cp_size=2))
+    for key, value in solve(_eight_groups()).items():
+        assert_close(joined[key], value, **({} if key == "blocks" else {"rtol": 1e-10, "atol": 1e-10}), name=key)
 
 
 @pytest.mark.parametrize("fault", ["chunks", "halo", "gradients", "causality"])

@@ -45,14 +45,20 @@ VISIBLE = branches.LEAST_PAIRS // (HEADS // GROUPS)
 
 
 def _asked(
-    visible: int, most: int = GROUPS, block_size: int = 64, backend: str = "triton", heads: int = HEADS, v_dim: int = 128
+    visible: int,
+    most: int = GROUPS,
+    block_size: int = 64,
+    backend: str = "triton",
+    heads: int = HEADS,
+    v_dim: int = 128,
+    fewer: bool = True,
 ) -> int:
     plan = SimpleNamespace(
         config=NSAConfig(select_block_size=block_size), compressed_intervals=SimpleNamespace(num_visible=visible)
     )
     q, grad = (torch.zeros(TOKENS, heads, width, dtype=torch.bfloat16) for width in (128, v_dim))
     k, v = (torch.zeros(90, GROUPS, width, dtype=torch.bfloat16) for width in (128, v_dim))
-    return branches.five_product_groups(q, grad, (k, v), plan, backend, most)
+    return branches.five_product_groups(q, grad, (k, v), plan, backend, most, fewer=fewer)
 
 
 @pytest.fixture
@@ -68,6 +74,18 @@ def test_groups_within_the_buffer(
 ) -> None:
     monkeypatch.setattr(branches, "_BUFFER_BYTES", TOKENS * HEADS // GROUPS * 128 * 4 * fitting)
     assert _asked(VISIBLE, most) == expected
+
+
+@pytest.mark.parametrize("fitting, visible, expected", [(1, VISIBLE, 2), (4, VISIBLE, 2), (1, VISIBLE // 2 - 1, 0)])
+def test_ranks_take_all_groups_of_a_slice_or_none(
+    fitting: int, visible: int, expected: int, on_hopper: mock.Mock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank whose buffer would hold one group only must not cut slices that are messages to others."""
+    buffer = TOKENS * HEADS // GROUPS * 128 * 4
+    monkeypatch.setattr(branches, "_BUFFER_BYTES", buffer * fitting)
+    assert _asked(visible, most=2, fewer=False) == expected
+    monkeypatch.setattr(branches, "_MOST_BUFFER_BYTES", 2 * buffer - 1)
+    assert _asked(visible, most=2, fewer=False) == 0
 
 
 def test_who_makes_five_products(on_hopper: mock.Mock, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,15 @@ def records(name: str) -> list[dict]:
     return [json.loads(line) for line in Path(f"runs/study/{name}.jsonl").read_text().splitlines()]
 
 
+def sign_is_right(line: str, made: list[dict]) -> bool:
+    """Whether a row "a minus b" has a's mean minus b's over the two seeds, in its first column."""
+    names, cell = line.split("|")[1].strip().split(" minus "), line.split("|")[2].split()[0]
+    metric = {"mqar": "accuracy", "passkey": "accuracy_128", "language": "trailing_loss"}[made[0]["study"]]
+    a, b = (sum(r["test"][metric] for r in made if r["arm"] == name) / 2 for name in names)
+    shown = float(cell.removesuffix("%")) / (100 if cell.endswith("%") else 1)
+    return abs(shown - (a - b)) < 1e-4
+
+
 @pytest.mark.parametrize("name", ["mqar", "passkey", "language"])
 def test_a_study_from_the_first_run_to_the_page(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = ["--text", str(packages(tmp_path / "site"))] if name == "language" else []
@@ -56,6 +65,8 @@ def test_a_study_from_the_first_run_to_the_page(name: str, tmp_path: Path, capsy
     assert study(name, "--report", "--docs", "pages") == 0
     page = Path(f"pages/{name}.md").read_text()
     assert all(f"| {arm} |" in page for arm in ARMS) and "set down before the runs" in page
+    assert all(sign_is_right(line, made) for line in page.splitlines() if line.startswith("| ") and " minus " in line)
+    assert "| nsa minus window |" in page
     assert page.count("against `full`: difference") == (2 if name == "passkey" else 1)
     rows = list(csv.DictReader(Path(f"pages/{name}.csv").open()))
     assert len(rows) == 10 and {row["arm"] for row in rows} == set(ARMS) and rows[0]["test.loss"]
