@@ -124,7 +124,7 @@ def top_blocks(
 
     Args:
         scores: float32 [>= last - first, G, R], not negative; R is a multiple of ``ROW_MULTIPLE``. Of a row only the blocks that
-            its query sees, ``position // l' + 1``, are read, and of these not the forced ones.
+            its query sees, ``position // l' + 1``, count, and of these not the forced ones.
         position: int32 [T], position of each query in its document.
         chosen: int32 [T, G, n], to be written: block numbers ascending, padded with -1.
         select_block_size: l', in tokens. num_init_blocks, num_local_blocks: forced blocks, at most n.
