@@ -158,6 +158,12 @@ class NativeSparseAttention(nn.Module):
             self.last_selection, self.last_gates = blocks, gates
 
 
+def without_selected(gate_logits: torch.Tensor) -> torch.Tensor:
+    """Gate logits [T, N or 1, 3] with -inf for the selected branch: its gate is then exactly 0 and gets no gradient."""
+    compressed, selected, window = gate_logits.unbind(-1)
+    return torch.stack([compressed, torch.full_like(selected, float("-inf")), window], -1)
+
+
 def full_attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -215,7 +215,7 @@ def select_blocks_forward(
     shape = (compress_block_size, compress_stride, select_block_size)
     options = {"config": config, "bulk": bulk} if scorer is _TritonScores else {}
     block_scores = scorer(q, k_cmp, lse, (cmp_begin, cmp_end, position), *shape, scale, **options)
-    row = triton.cdiv(max_blocks, ROW_MULTIPLE) * ROW_MULTIPLE
+    row = triton.cdiv(max_blocks, ROW_MULTIPLE.value) * ROW_MULTIPLE.value
     chunk = chunk_tokens(tokens, score_bytes // (4 * groups * row), block_scores.steps)
     scores = torch.empty(min(chunk, tokens), groups, row, dtype=torch.float32, device=q.device)
     for first in range(0, tokens, chunk):

@@ -19,16 +19,16 @@ from ..common import INT_MAX
 _SHAPES = {1024: (256, 1), 4096: (512, 1), 8192: (1024, 2)}
 _LONGEST_SHAPE = 2048, 4
 # Lengths of rows are multiples of it: a load takes as many scores.
-ROW_MULTIPLE = 4
+ROW_MULTIPLE = tl.constexpr(4)
 
 
 @triton.jit
 def _ranks(row_ptr, tile, first, stop, WIDTH: tl.constexpr):
     """Bit patterns of the scores of a tile's blocks within ``first .. stop``, -1 for the others."""
     block = tile * WIDTH + tl.arange(0, WIDTH)
-    # Four at a time, so some past ``stop``, too: the row has room for them.
-    rank = tl.load(row_ptr + block, mask=block < tl.cdiv(stop, 4) * 4, other=0.0).to(tl.int32, bitcast=True) & INT_MAX
-    return tl.where((block >= first) & (block < stop), rank, -1)
+    # Several at a time, so some past ``stop``, too: the row has room for them.
+    score = tl.load(row_ptr + block, mask=block < tl.cdiv(stop, ROW_MULTIPLE) * ROW_MULTIPLE, other=0.0)
+    return tl.where((block >= first) & (block < stop), score.to(tl.int32, bitcast=True) & INT_MAX, -1)
 
 
 @triton.jit
@@ -47,9 +47,9 @@ def _halve(low, high, reached, middle, count, wanted):
     return tl.where(enough, middle, low), tl.where(enough, high, middle - 1), tl.where(enough, count, reached)
 
 
-@triton.jit(do_not_specialize=["first_token", "row_quads"])
+@triton.jit(do_not_specialize=["first_token", "row_multiples"])
 def top_blocks_kernel(
-    scores_ptr, position_ptr, out_ptr, first_token, row_quads,
+    scores_ptr, position_ptr, out_ptr, first_token, row_multiples,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, PICKS: tl.constexpr, PADDED_PICKS: tl.constexpr,
     NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, SELECT_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -57,7 +57,7 @@ def top_blocks_kernel(
     row = tl.program_id(0)
     token = first_token + row // GROUPS
     visible = tl.load(position_ptr + token) // SELECT_BLOCK + 1
-    row_ptr = scores_ptr + row.to(tl.int64) * row_quads * 4
+    row_ptr = scores_ptr + row.to(tl.int64) * row_multiples * ROW_MULTIPLE
     out_ptr += (token.to(tl.int64) * GROUPS + row % GROUPS) * PICKS
 
     # Forced: the first blocks, and from ``stop`` on the last ones. Between them the others are free to be chosen.
@@ -132,13 +132,13 @@ def top_blocks(
     """
     groups, row = scores.shape[1:]
     picks = chosen.shape[2]
-    assert row % ROW_MULTIPLE == 0 and scores.is_contiguous() and chosen.is_contiguous(), (scores.shape, scores.stride())
+    assert row % ROW_MULTIPLE.value == 0 and scores.is_contiguous() and chosen.is_contiguous(), (scores.shape, scores.stride())
     classes, warps = next((shape for most, shape in _SHAPES.items() if row <= most), _LONGEST_SHAPE)
     padded_picks = triton.next_power_of_2(picks)
     width = width or max(padded_picks, min(triton.next_power_of_2(row), classes))
     assert width >= picks, "the best of the classes must be as many as there are picks"
     top_blocks_kernel[((last - first) * groups,)](
-        scores, position, chosen, first, row // ROW_MULTIPLE,
+        scores, position, chosen, first, row // ROW_MULTIPLE.value,
         GROUPS=groups, WIDTH=width, PICKS=picks, PADDED_PICKS=padded_picks, NUM_INIT=num_init_blocks, NUM_LOCAL=num_local_blocks,
         SELECT_BLOCK=select_block_size, num_warps=warps,
     )  # fmt: skip

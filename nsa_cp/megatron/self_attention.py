@@ -17,7 +17,7 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from nsa_cp.attention import NativeSparseAttention, full_attention, sliding_window_attention
+from nsa_cp.attention import NativeSparseAttention, full_attention, sliding_window_attention, without_selected
 from nsa_cp.context_parallel import SequenceLayout
 from nsa_cp.megatron.config import AttentionSettings, parameter_device, settings_of
 from nsa_cp.megatron.gate import BranchGate
@@ -225,7 +225,7 @@ class NSASelfAttention(MegatronModule):
         keys, values = tuple(pairs[0::2]), tuple(pairs[1::2])
         nsa, rotary = self.settings.nsa, self.settings.rotary
         if self.core_attention is not None:
-            logits = tensors[-1] if self.selected_is_open else _without_selected(tensors[-1])
+            logits = tensors[-1] if self.selected_is_open else without_selected(tensors[-1])
             return self.core_attention(q, keys, values, logits, layout)
         if self.layer_type == "full":
             return full_attention(q, keys[0], values[0], layout, rotary=rotary, cp_group=self.cp_group)
@@ -275,12 +275,6 @@ class NSASelfAttention(MegatronModule):
 def _flatten_tokens(x: Tensor) -> Tensor:
     """[s, b, channels] to [b * s, channels]: a batch is a pack with one sequence after the other."""
     return x.transpose(0, 1).reshape(-1, x.shape[-1])
-
-
-def _without_selected(logits: Tensor) -> Tensor:
-    """Gate logits [T, N or 1, 3] with -inf for the selected branch, whose gate is then exactly 0 and gets no gradient."""
-    compressed, selected, window = logits.unbind(-1)
-    return torch.stack([compressed, torch.full_like(selected, float("-inf")), window], -1)
 
 
 def _refuse(mask: Any, key_value_states: Any, inference_context: Any, rotary_pos_emb: Any, bias: Any) -> None:

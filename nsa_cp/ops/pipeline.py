@@ -137,6 +137,11 @@ class _Call:
     rotary: RotaryConfig | None
     heads_per_group: int
 
+    @property
+    def alone(self) -> bool:
+        """Whether this process has the whole sequence."""
+        return group_size(self.group) == 1
+
     def halo_exchange(self) -> HaloExchange:
         """For (k_cmp, v_cmp, k_win, v_win)."""
         plan = self.plan
@@ -149,7 +154,7 @@ class _Call:
     def groups_at_once(self, k: torch.Tensor, v: torch.Tensor) -> int:
         """K/V groups of the selected branch computed on at a time: all on one process."""
         groups = k.shape[1]
-        if group_size(self.group) == 1:
+        if self.alone:
             return groups
         return groups_a_step(groups, self.plan.row_partition.num_rows * (k.shape[2] + v.shape[2]) * k.element_size())
 
@@ -215,8 +220,7 @@ class _Branches(torch.autograd.Function):
         gathered = RowGather(compression.outputs, plan.compressed_partition, call.group)
         at_once = call.groups_at_once(k_slc, v_slc)
         # Slices are messages, which all ranks must cut alike.
-        alone = group_size(call.group) == 1
-        five = five_product_groups(q, grad, (k_window, v_window), plan, call.backend, at_once, fewer=alone)
+        five = five_product_groups(q, grad, (k_window, v_window), plan, call.backend, at_once, fewer=call.alone)
         raw = _GroupGather(call, k_slc, v_slc, five or at_once)
         k_whole = v_whole = None
         dq = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -300,7 +304,7 @@ class _CompressedTokens:
         self.keys = own[0]
         # Merged from shards, the log-sum-exp depends in its last bits on their order, and with it the choice between nearly
         # equal blocks. Scoring then forms its own, so that the choice is one process's, bit for bit.
-        self.in_one_pass = group_size(call.group) == 1 or call.plan.config.compressed_comm == "all_gather"
+        self.in_one_pass = call.alone or call.plan.config.compressed_comm == "all_gather"
         transport = RowRing if call.plan.config.compressed_comm == "ring" else RowGather
         self.transport = transport(own, call.plan.compressed_partition, call.group)
 
@@ -310,7 +314,7 @@ class _CompressedTokens:
         if isinstance(self.transport, RowGather):
             self.keys, values = self.transport.wait()
             return interval_attention_forward(q, self.keys, values, plan.compressed_intervals, backend)
-        if group_size(self.call.group) == 1:
+        if self.call.alone:
             return interval_attention_forward(q, *self.own, plan.compressed_intervals, backend)
         self.keys = q.new_empty(plan.compressed_partition.num_rows, *self.own[0].shape[1:])
         out = q.new_zeros(*q.shape[:2], self.own[1].shape[-1], dtype=accumulator_dtype(q))

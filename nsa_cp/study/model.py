@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nsa_cp.attention import NativeSparseAttention, full_attention, sliding_window_attention
+from nsa_cp.attention import NativeSparseAttention, full_attention, sliding_window_attention, without_selected
 from nsa_cp.config import NSAConfig, RotaryConfig
 from nsa_cp.context_parallel import SequenceLayout
 from nsa_cp.ops.dispatch import accumulator_dtype
@@ -117,10 +117,7 @@ class SelfAttention(nn.Module):
 
     def _gate_logits(self, x: torch.Tensor) -> torch.Tensor:
         logits = self.gate_proj(x).view(x.shape[0], self.num_gates, 3)
-        if self.selected_is_open:
-            return logits
-        compressed, selected, window = logits.unbind(-1)
-        return torch.stack([compressed, torch.full_like(selected, float("-inf")), window], -1)
+        return logits if self.selected_is_open else without_selected(logits)
 
 
 def _full_attention(

@@ -23,7 +23,7 @@ from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from nsa_cp.training.config import RunConfig
+from nsa_cp.training.config import RunConfig, TrainSection
 from nsa_cp.training.errors import UserError
 
 MANIFEST = "nsa_cp_manifest.json"
@@ -117,7 +117,7 @@ def check_compatible(manifest: dict[str, Any], config: RunConfig, path: Path) ->
 def _check_selected_branch(manifest: dict[str, Any], config: RunConfig, path: Path) -> None:
     """Weights do not tell whether the selected branch is closed: the settings must agree on it at the checkpoint's step."""
     step, saved, wanted = manifest["step"], manifest.get("selected_from_step", 0), config.train.selected_from_step
-    was_closed, now = step <= saved, config.train.selected_is_closed(step)  # no checkpoint is of step 0
+    was_closed, now = (train.selected_is_closed(step) for train in (TrainSection(selected_from_step=saved), config.train))
     if was_closed != now:
         raise UserError(
             f"checkpoint {path} of step {step} was written with train.selected_from_step = {saved}, its selected branch "
