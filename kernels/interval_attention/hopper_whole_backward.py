@@ -12,10 +12,10 @@ a row. It is without the factor scale. ``query_gradients/hopper.py`` starts from
 Order of the additions, for the same bits every time. Later key tiles first: they begin at later queries, so they are ahead of
 the others at every tile both meet. With first[j] and last[j] (tiles) ascending in the key tile j, the key tiles that meet query
 tile t are consecutive, j = .. last_of[t]. counter[group, t] starts as last_of[t]; program j adds while it is j, then sets j - 1.
-Programs are numbered in that order, chunk by chunk, and wait for none with a higher number. (CUDA does not promise that
-blocks start in the order of their numbers; GPUs do it. If one did not, this would hang.) Two more warps do the waiting: the
-usher reads the counters of the tiles to come and lets the warp groups in (``turn``); the releaser waits for both to have added
-(``added``), then sets the counter. dk and dv are added to memory at the end of a chunk, in the order of the chunks: flag[group,
+Programs are numbered in that order, chunk by chunk, and wait for none with a higher number. They draw their numbers as they
+start, since CUDA does not promise that blocks start in the order of theirs. Two more warps do the waiting: the usher reads the
+counters of the tiles to come and lets the warp groups in (``turn``); the releaser waits for both to have added (``added``), then
+sets the counter. dk and dv are added to memory at the end of a chunk, in the order of the chunks: flag[group,
 j, warp group] says whose turn it is.
 
 Order within a warp group, for tile n (products asynchronous, finished in the order of issue):
@@ -287,13 +287,15 @@ def add(out_ptr, x, half, target, GROUPS: gl.constexpr):
 @gluon.jit(do_not_specialize=["num_keys", "key_tiles", "num_tiles", "chunk_tiles", "group_rows"])
 def interval_attention_whole_backward_hopper_kernel(
     q_desc, do_desc, k_desc, v_desc, shift_desc, delta_desc, q_begin_ptr, q_end_ptr, first_ptr, last_ptr, counter_ptr, flag_ptr,
-    dq_ptr, dk_ptr, dv_ptr, num_keys, key_tiles, num_tiles, chunk_tiles, group_rows, scale, scale_log2,
+    ticket_ptr, dq_ptr, dk_ptr, dv_ptr, num_keys, key_tiles, num_tiles, chunk_tiles, group_rows, scale, scale_log2,
     GROUPS: gl.constexpr, HEADS: gl.constexpr, TOKENS: gl.constexpr, DS_LAYOUT: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Chunk after chunk of the queries; in it late key tiles first, all groups of one side by side."""
-    group = gl.program_id(0) % GROUPS
-    key_tile = key_tiles - 1 - gl.program_id(0) // GROUPS % key_tiles
-    chunk = gl.program_id(0) // (GROUPS * key_tiles)
+    # The number is drawn, see above.
+    ticket = gl.atomic_add(ticket_ptr, 1, sem="relaxed", scope="gpu")
+    group = ticket % GROUPS
+    key_tile = key_tiles - 1 - ticket // GROUPS % key_tiles
+    chunk = ticket // (GROUPS * key_tiles)
     key = key_tile * (2 * KEYS)
     first = gl.maximum(gl.load(first_ptr + key_tile), chunk * chunk_tiles)
     last = gl.minimum(gl.load(last_ptr + key_tile), (chunk + 1) * chunk_tiles)
@@ -420,13 +422,16 @@ def interval_attention_whole_backward(
     first, last = tile_ranges(q_begin, q_end, tile_tokens)
     key_tiles = len(first)
     chunk = chunk or chunk_length(key_tiles, num_tiles, groups)
-    dq = torch.zeros(groups, num_tiles, 2 * QUADS.value // 512, 128, 4, dtype=torch.float32, device=q.device)
+    shape = (groups, num_tiles, 2 * QUADS.value // 512, 128, 4)
+    # Behind the buffer the counter of the programs' numbers, zero in either type.
+    zeros = torch.zeros(math.prod(shape) + 4, dtype=torch.float32, device=q.device)
+    dq, ticket = zeros[:-4].view(shape), zeros[-4:].view(torch.int32)
     dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=q.device) for x in (k, v))
     q_block, k_block = (tile_tokens, heads, width), (KEYS.value, 1, width)
     interval_attention_whole_backward_hopper_kernel[(key_tiles * groups * triton.cdiv(num_tiles, chunk),)](
         tiles(q, q_block), tiles(do, q_block), tiles(k, k_block), tiles(v, k_block),
         *(tiles(group_by_group(x, groups, group_rows), (ROWS.value,)) for x in (shift, delta)),
-        q_begin, q_end, first, last, *turns(first, num_tiles, groups, chunk), dq, dk, dv,
+        q_begin, q_end, first, last, *turns(first, num_tiles, groups, chunk), ticket, dq, dk, dv,
         num_keys, key_tiles, num_tiles, chunk, group_rows, scale, scale * LOG2_E.value,
         GROUPS=groups, HEADS=heads, TOKENS=tile_tokens, DS_LAYOUT=shared_layout((KEYS.value, ROWS.value), q.dtype), num_warps=4,
     )  # fmt: skip
