@@ -293,40 +293,48 @@ class CostModel:
         sorting = min(self._copy(SORTED_BYTES * picks), steps * dkv["selected"])
         # Row sums and the gates' gradient come before the branches' backward begins.
         lanes.compute(self._kernel("backward", "gating", tokens, cp))
-        # Halo rows once more, while the chosen blocks are sorted.
-        self._fetch_halo(lanes, tokens, cp, meanwhile=sorting)
-        # The compressor runs again; its tokens and, behind them, the first groups' raw rows set out.
+        # Halo rows, kept from the forward, meet the own ones; the compressor runs again; its tokens and, behind them, the first
+        # groups' raw rows set out while the chosen blocks are sorted.
+        lanes.compute(self._copy(2 * self._halo_buffers(tokens, cp)))
         lanes.compute(self._kernel("backward", "recompression", tokens, cp))
         tokens_there = self._gather(lanes, compressed, cp)
         raw_there = self._gather(lanes, raw, cp)
+        lanes.compute(sorting)
         summed = 0.0
         for step in range(steps):
-            # The next groups' rows set out before anything of these.
-            following = self._gather(lanes, raw, cp) if step + 1 < steps else 0.0
             # The window's dk, dv while compressed tokens travel.
             lanes.compute(dkv["window"])
             if step == 0:
                 self._arrive(lanes, tokens_there, compressed)
-            # Those of the compressed tokens, whose sums over the ranks set out while the selected branch computes.
+            # Those of the compressed tokens. The next groups' rows set out, and the sums over the ranks.
             lanes.compute(dkv["compressed"])
-            self._scatter(lanes, compressed / steps, cp)
+            following = self._gather(lanes, raw, cp) if step + 1 < steps else 0.0
+            cmp_summed = self._scatter(lanes, compressed / steps, cp)
             # Those of the selected branch; their sums travel while one kernel makes dq of all branches.
             self._arrive(lanes, raw_there, raw)
             lanes.compute(dkv["selected"] - sorting / steps)
             under_way = self._scatter(lanes, raw, cp)
+            if step + 1 == steps:
+                returned = self._return_halo(lanes, cmp_summed, tokens, cp)
             lanes.compute(QUERY_GRADIENT_SHARE * sum(branches.values()))
             # The groups before must be through; these sums go on under the next. (The two sums end in their order.)
             lanes.wait(summed)
             summed, raw_there = under_way, following
         lanes.wait(summed)
-        # Groups side by side: float32 gradients of the window's rows and of own compressed ones. (Those of selected rows are
-        # rounded on the way, which one GPU does too.)
-        joined = self._float32(raw * steps + compressed) / cp
+        # Groups side by side. (Selected rows are rounded on the way, which one GPU does too.)
+        lanes.wait(returned)
+
+    def _return_halo(self, lanes: _Lanes, summed: float, tokens: int, cp: int) -> float:
+        """Before the last dq: own compressed tokens' gradients, once summed, go through the compressor, and float32 gradients of
+        halo rows, cut out of the buffers, go back; returns when they are there."""
+        steps, raw = self._steps(tokens)
+        lanes.wait(summed)
+        # Groups side by side: float32 gradients of the window's rows and of own compressed ones.
+        joined = self._float32(raw * steps + self._compressed_bytes(tokens)) / cp
         lanes.compute(self._copy(2 * joined if steps > 1 else 0.0))
         lanes.compute(self._kernel("backward", "compression", tokens, cp))
-        # Gradients of halo rows, float32, are cut out of the buffers and go back; nothing is left to compute.
         lanes.compute(self._copy(2 * self._float32(self._halo_buffers(tokens, cp))))
-        lanes.wait(lanes.issue("exchange", self._float32(self._halo_bytes(cp))))
+        return lanes.issue("exchange", self._float32(self._halo_bytes(cp)))
 
     def peak_gib(self, pass_: str, tokens: int, cp: int) -> float:
         """At the fuller of two moments: all outputs held, one GPU's own peak, or rows of all ranks beside the rank's own."""
@@ -350,11 +358,9 @@ class CostModel:
         uneven = 2 - 1 / cp if self.config.layout == "contiguous" and stage in QUADRATIC else 1.0
         return self.kernels.at(pass_, stage, tokens) * uneven / cp
 
-    def _fetch_halo(self, lanes: _Lanes, tokens: int, cp: int, meanwhile: float = 0.0) -> None:
-        """Fetch halo rows, compute for ``meanwhile`` ms, merge them with the own rows. (Their packing is nothing beside that.)"""
-        arrival = lanes.issue("exchange", self._halo_bytes(cp))
-        lanes.compute(meanwhile)
-        lanes.wait(arrival)
+    def _fetch_halo(self, lanes: _Lanes, tokens: int, cp: int) -> None:
+        """Fetch halo rows and merge them with the own ones. (Their packing is nothing beside that.)"""
+        lanes.wait(lanes.issue("exchange", self._halo_bytes(cp)))
         lanes.compute(self._copy(2 * self._halo_buffers(tokens, cp)))
 
     def _gather(self, lanes: _Lanes, whole: float, cp: int) -> float:

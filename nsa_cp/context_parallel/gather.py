@@ -123,12 +123,13 @@ class RowReduceScatter:
         self._transfer = transfer.reduce_scatter(partition.in_rank_order(tensors), group)
 
     def wait(self) -> list[torch.Tensor]:
-        """Summed gradients of this rank's rows, [count, ...] each."""
+        """Summed gradients of this rank's rows, [count, ...] each; the same ones when called again."""
         if self._transfer is None:
             return list(self.tensors)
         (result,) = self._transfer.wait()
         self._transfer = None
-        return [x[: self.count] for x in unpack(result, self.shapes)]
+        self.tensors = [x[: self.count] for x in unpack(result, self.shapes)]
+        return list(self.tensors)
 
 
 class RowRing:

@@ -97,6 +97,10 @@ class HaloExchange:
         group: context-parallel group, or None for a single process.
         same_as: for each tensor the number of the first one that is the same tensor (its own number where none is before).
             Equal tensors travel once, with the deepest of their halos, and so do the sums of their gradients. None: all differ.
+
+    Attributes:
+        received: after :meth:`wait` the rows of other ranks, a tensor for each one that travelled; none where all rows are local.
+            Kept, they are worth a second exchange of the same tensors, see :meth:`merge`.
     """
 
     def __init__(self, halos: Sequence[HaloRows], group: dist.ProcessGroup | None, same_as: Sequence[int] | None = None) -> None:
@@ -114,6 +118,7 @@ class HaloExchange:
         self._sources = [r for r in range(self.halos[0].cp_size) if any(halo.receive_counts[r] for halo in travelling)]
         self._exchange: PeerExchange | None = None
         self._own: tuple[torch.Tensor, ...] = ()
+        self.received: tuple[torch.Tensor, ...] = ()
 
     def start(self, tensors: Sequence[torch.Tensor]) -> None:
         """Send what other ranks need of ``tensors`` ([T, ...] local rows each) and post the receives."""
@@ -128,16 +133,23 @@ class HaloExchange:
     def wait(self) -> list[torch.Tensor]:
         """The merged buffers [M, ...], rows ascending in global order."""
         own, self._own = self._own, ()
-        if self._exchange is None:
+        if self._exchange is not None:
+            messages = self._exchange.wait()
+            self._exchange = None
+            self.received = tuple(
+                torch.cat([own[i][:0], *(messages[peer][place] for peer in self._sources)])
+                for place, i in enumerate(self.carried)
+            )
+        return self.merge(own, self.received)
+
+    def merge(self, tensors: Sequence[torch.Tensor], received: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The buffers of :meth:`wait`, from local rows [T, ...] and ``received`` after an exchange of the same tensors."""
+        if not received:
             # Without remote rows the local rows already are the buffer.
-            return list(own)
-        messages = self._exchange.wait()
-        self._exchange = None
-        arrived = {
-            i: torch.cat([own[i][:0], *(messages[peer][place] for peer in self._sources)]) for place, i in enumerate(self.carried)
-        }
+            return list(tensors)
+        arrived = dict(zip(self.carried, received, strict=True))
         buffers = []
-        for i, (x, halo, carrier) in enumerate(zip(own, self.halos, self.carrier, strict=True)):
+        for i, (x, halo, carrier) in enumerate(zip(tensors, self.halos, self.carrier, strict=True)):
             rows = arrived[carrier]
             buffers.append(halo.merge(x, rows if carrier == i else rows.index_select(0, halo.within(self.halos[carrier]))))
         return buffers

@@ -1,8 +1,8 @@
 """The whole of Native Sparse Attention as two autograd Functions, on one process and under context parallelism alike.
 
-One Function holds the three branches, so that communication is issued early and awaited late; it keeps its inputs and the chosen
-blocks, and what came from other ranks is fetched again in the backward. The other is the gated sum. It keeps the branch
-outputs, three times the size of q, and its backward turns them into row statistics: by the time the branches' backward
+One Function holds the three branches, so that communication is issued early and awaited late. It keeps its inputs, the chosen
+blocks and the halo rows, and fetches again in the backward what else came from other ranks. The other is the gated sum. It keeps
+the branch outputs, three times the size of q, and its backward turns them into row statistics: by the time the branches' backward
 allocates anything, autograd has let go of them. Gates are never multiplied with a branch's gradient.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -198,8 +197,8 @@ class _Branches(torch.autograd.Function):
             lse = lse_cmp if whole.in_one_pass else None
             blocks = select_blocks_forward(q, whole.keys, lse, plan, backend, v_cmp.shape[-1])
         out_slc, lse_slc = _selected_branch(call, q, blocks, raw, v_slc)
-        ctx.save_for_backward(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, blocks, *weights)
-        ctx.call = call
+        ctx.save_for_backward(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, blocks, *halo.received, *weights)
+        ctx.call, ctx.num_received = call, len(halo.received)
         ctx.mark_non_differentiable(blocks)
         ctx.set_materialize_grads(False)
         place = lse_win.new_empty(1).expand(2, 3, *q.shape[:2])
@@ -210,47 +209,51 @@ class _Branches(torch.autograd.Function):
     def backward(ctx, _, statistics, grad, *__):  # noqa: ANN001, ANN205
         assert statistics is not None and grad is not None, "only the gated sum's backward leads here"
         call: _Call = ctx.call
-        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, blocks, *weights = ctx.saved_tensors
-        plan = call.plan
+        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, blocks, *kept = ctx.saved_tensors
+        received, weights = kept[: ctx.num_received], kept[ctx.num_received :]
+        plan, accumulator = call.plan, accumulator_dtype(q)
         halo = call.halo_exchange()
-        halo.start([k_cmp, v_cmp, k_win, v_win])
-        chosen = ChosenBlocks(blocks, plan, call.backend)
-        k_buffer, v_buffer, k_window, v_window = halo.wait()
+        k_buffer, v_buffer, k_window, v_window = halo.merge([k_cmp, v_cmp, k_win, v_win], received)
         compression = _RecomputedCompression(call, k_buffer, v_buffer, weights)
         gathered = RowGather(compression.outputs, plan.compressed_partition, call.group)
         at_once = call.groups_at_once(k_slc, v_slc)
         # Slices are messages, which all ranks must cut alike.
         five = five_product_groups(q, grad, (k_window, v_window), plan, call.backend, at_once, fewer=call.alone)
         raw = _GroupGather(call, k_slc, v_slc, five or at_once)
+        chosen = ChosenBlocks(blocks, plan, call.backend)
         k_whole = v_whole = None
         dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-        in_flight: list[tuple[tuple[torch.Tensor, ...], RowReduceScatter, RowReduceScatter]] = []
-        arrived: list[tuple[Sequence[torch.Tensor], ...]] = []
+        windows: list[Sequence[torch.Tensor]] = []
+        cmp_sums: list[RowReduceScatter] = []
+        slc_sums: list[RowReduceScatter] = []
         for groups, raw_part in raw:
             heads = call.heads_of(groups)
             # One copy for a slice of heads, which otherwise every kernel would make of its own.
             cmp, slc, win = split_statistics(statistics[..., heads].contiguous())
             backward = BranchesBackward(q[:, heads], grad[:, heads], chosen.of(groups), plan, call.backend, five > 0)
             # What is awaited last is used last.
-            d_win = backward.window(Branch(k_window[:, groups], v_window[:, groups], win))
+            windows.append(backward.window(Branch(k_window[:, groups], v_window[:, groups], win)))
             if k_whole is None:
                 k_whole, v_whole = gathered.wait()
             d_cmp = backward.compressed(Branch(k_whole[:, groups], v_whole[:, groups], cmp))
-            cmp_sums = RowReduceScatter(d_cmp, plan.compressed_partition, call.group)
+            # Only now: programs of the five products wait for each other, so that a transfer beside some delays all.
+            raw.start_next()
+            cmp_sums.append(RowReduceScatter(d_cmp, plan.compressed_partition, call.group))
             d_slc = backward.selected(Branch(*raw_part.wait(), slc))
-            slc_sums = RowReduceScatter(d_slc, plan.row_partition, call.group)
+            slc_sums.append(RowReduceScatter(d_slc, plan.row_partition, call.group))
+            del raw_part, d_cmp, d_slc
+            if groups == raw.slices[-1]:
+                # What still travels goes beside the last kernel. The window's gradients meet those of halo rows, the compressed
+                # tokens' go on into the compressor.
+                d_compressed = _join_groups([sums.wait() for sums in cmp_sums], accumulator)
+                dk_buffer, dv_buffer, *dweights = compression.backward(d_compressed)
+                halo.start_return([dk_buffer, dv_buffer, *_join_groups(windows, accumulator)])
             backward.query_gradients(out=dq[:, heads])
             # One slice's sums travel while the next one computes; no more, for they are as long as the whole sequence.
-            arrived += [(win, cmp.wait(), slc.wait()) for win, cmp, slc in in_flight]
-            in_flight = [(d_win, cmp_sums, slc_sums)]
-            del backward, raw_part, d_cmp, d_slc
-        arrived += [(win, cmp.wait(), slc.wait()) for win, cmp, slc in in_flight]
-        # The window's gradients still meet those of halo rows, the compressed tokens' go on into the compressor.
-        accumulator = accumulator_dtype(q)
-        dtypes = (accumulator, accumulator, q.dtype)
-        d_win, d_cmp, d_slc = (_join_groups(*each) for each in zip(zip(*arrived, strict=True), dtypes, strict=True))
-        dk_buffer, dv_buffer, *dweights = compression.backward(d_cmp)
-        halo.start_return([dk_buffer, dv_buffer, *d_win])
+            for sums in (*cmp_sums[:-1], *slc_sums[:-1]):
+                sums.wait()
+            del backward
+        d_slc = _join_groups([sums.wait() for sums in slc_sums], q.dtype)
         dk_cmp, dv_cmp, dk_win, dv_win = halo.wait_return()
         gradients = (dk_cmp, dv_cmp, *d_slc, dk_win, dv_win)
         return None, None, dq, *(g.to(q.dtype) for g in gradients), *dweights
@@ -275,7 +278,8 @@ class _GatedSum(torch.autograd.Function):
 
 
 class _GroupGather:
-    """Whole K and V of the selected branch, a slice of groups at a time: the first is on its way from construction.
+    """Whole K and V of the selected branch, a slice of groups at a time: the first is on its way from construction, the one after
+    the slice in hand from :meth:`start_next`.
 
     ``at_once``: groups of a slice.
     """
@@ -283,17 +287,20 @@ class _GroupGather:
     def __init__(self, call: _Call, k: torch.Tensor, v: torch.Tensor, at_once: int) -> None:
         self.call, self.k, self.v = call, k, v
         self.slices = [slice(g, min(g + at_once, k.shape[1])) for g in range(0, k.shape[1], at_once)]
-        self.pending = self._start(self.slices[0])
+        self.under_way: list[RowGather] = []
+        self.start_next()
 
-    def _start(self, groups: slice) -> RowGather:
-        return RowGather([self.k[:, groups], self.v[:, groups]], self.call.plan.row_partition, self.call.group)
+    def start_next(self) -> None:
+        """Send for the slice after the last one sent for, if there is one."""
+        started = len(self.under_way)
+        if started < len(self.slices):
+            groups = self.slices[started]
+            gather = RowGather([self.k[:, groups], self.v[:, groups]], self.call.plan.row_partition, self.call.group)
+            self.under_way.append(gather)
 
     def __iter__(self) -> Iterator[tuple[slice, RowGather]]:
-        for groups, following in zip_longest(self.slices, self.slices[1:]):
-            under_way, self.pending = self.pending, None
-            if following is not None:
-                self.pending = self._start(following)
-            yield groups, under_way
+        for number, groups in enumerate(self.slices):
+            yield groups, self.under_way[number]
 
 
 class _CompressedTokens:
@@ -352,6 +359,7 @@ def _selected_branch(
     out = q.new_empty(*q.shape[:2], v.shape[-1])
     lse = q.new_empty(q.shape[:2], dtype=accumulator_dtype(q))
     for groups, under_way in raw:
+        raw.start_next()
         heads = call.heads_of(groups)
         _, lse[:, heads] = selected_attention_forward(
             q[:, heads], *under_way.wait(), blocks[:, groups], call.plan, call.backend, out=out[:, heads]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sysconfig
 import tempfile
+import uuid
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -115,6 +116,7 @@ def _write_once(path: Path, content: bytes) -> None:
     if path.is_file() and path.stat().st_size == len(content):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
+    # A name of its own: another process may be writing the same text.
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     part.write_bytes(content)
     part.replace(path)

@@ -88,16 +88,17 @@ def test_forward_transfers_by_hand() -> None:
 def test_backward_transfers_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost_model, "QUERY_GRADIENT_SHARE", 0.5)
     backward = CostModel(KERNELS, _link(1.5, exchange=2.0, reduce_scatter=4.0), CONFIG).predict("backward", UNIT, 2)
-    # Gating 0-1, and only then halo 1-3, 2 exposed. Compressor again 3-3.5. Then compressed tokens are there at 5, the first
-    # group at 6.5, the second at 8. dk, dv of a group: window 1, compressed 0.75, selected 2.5; its dq 4.25.
-    # Group 0: window 3.5-4.5 before the compressed tokens are waited for (0.5 exposed), compressed 5-5.75; their sums set out
-    # behind the gathers, 8-12. Rows waited for 5.75-6.5 (0.75), selected 6.5-9, sums 12-16 under dq 9-13.25 and beyond.
-    # Group 1: window -14.25, compressed -15, sums 16-20; selected -17.5, sums 20-24; dq -21.75. Group 0 is through; 24 waited
-    # for (2.25 exposed). Compression -24.5, halo's gradients -26.5 (2).
-    assert backward.ms == pytest.approx(26.5) and backward.exposed_ms == pytest.approx(2 + 0.5 + 0.75 + 2.25 + 2)
+    # Gating 0-1. Compressor again 1-1.5, halo rows being there. Then compressed tokens are there at 3, the first group at 4.5.
+    # dk, dv of a group: window 1, compressed 0.75, selected 2.5; its dq 4.25.
+    # Group 0: window 1.5-2.5 before the compressed tokens are waited for (0.5 exposed), compressed 3-3.75; then the second group
+    # sets out behind the first, 4.5-6, and the sums behind it, 6-10. Rows waited for 3.75-4.5 (0.75), selected 4.5-7, sums 10-14
+    # under dq 7-11.25 and beyond.
+    # Group 1: window -12.25, compressed -13, sums 14-18; selected -15.5, sums 18-22. The compressed tokens' waited for (2.5),
+    # compression 18-18.5; the halo's gradients, 22-24, go under dq 18.5-22.75 and beyond (1.25).
+    assert backward.ms == pytest.approx(24) and backward.exposed_ms == pytest.approx(0.5 + 0.75 + 2.5 + 1.25)
     slow = CostModel(KERNELS, _link(1.5, exchange=2.0, reduce_scatter=12.0), CONFIG).predict("backward", UNIT, 2)
-    # Sums 8-20, 20-32 | 32-44, 44-56: after dq of group 1, at 21.75, group 0's are waited for until 32, its own until 56.
-    assert slow.ms == pytest.approx(58.5) and slow.exposed_ms == pytest.approx(2 + 0.5 + 0.75 + 10.25 + 24 + 2)
+    # Sums 6-18, 18-30 | 30-42, 42-54, the halo's -56: group 1's are waited for at 15.5 and, after compression and dq, at 46.75.
+    assert slow.ms == pytest.approx(56) and slow.exposed_ms == pytest.approx(0.5 + 0.75 + 26.5 + 9.25)
 
 
 def test_ring_transfers_by_hand() -> None:
@@ -122,11 +123,13 @@ def test_copies_by_hand() -> None:
     assert backward.ms - 38 / 2 == pytest.approx((fetched + returned) / rate) and backward.exposed_ms == 0
 
 
-def test_the_backwards_halo_travels_while_blocks_are_sorted() -> None:
+def test_compressed_tokens_travel_while_blocks_are_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
     picks = UNIT / 2 * 2 * 16
     kernels = replace(KERNELS, copy_bytes_per_ms=cost_model.SORTED_BYTES * picks)
-    exposed = CostModel(kernels, _link(0.0, exchange=3.0), CONFIG).predict("backward", UNIT, 2).exposed_ms
-    assert exposed == pytest.approx(3 - 1 + 3), "sorting takes 1 ms of the first exchange's 3, and nothing of the last's"
+    model = CostModel(kernels, _link(all_gather=4.0), CONFIG)
+    exposed = model.predict("backward", UNIT, 2).exposed_ms
+    monkeypatch.setattr(cost_model, "SORTED_BYTES", 0)
+    assert model.predict("backward", UNIT, 2).exposed_ms - exposed == pytest.approx(1), "sorting takes 1 ms of the 4"
 
 
 def test_halo_rows_are_fewer_when_branches_share_them() -> None:

@@ -20,6 +20,7 @@ from nsa_cp.context_parallel import (
     RowRing,
     SequenceLayout,
     check_agreement,
+    count_traffic,
     runs,
 )
 
@@ -111,8 +112,12 @@ def _check_exchanges(rank: int, world_size: int, kind: str) -> None:
         for depths, same_as in [((5, 1), None), ((0, 50), None), ((3, 9), (0, 0)), ((7, 2), (0, 0))]:
             halos = [HaloRows(layout, depth) for depth in depths]
             exchange = HaloExchange(halos, group, same_as)
-            exchange.start(tensors if same_as is None else [tensors[1], tensors[1]])
+            local = tensors if same_as is None else [tensors[1], tensors[1]]
+            exchange.start(local)
             buffers = exchange.wait()
+            with count_traffic() as nothing:
+                again = HaloExchange(halos, group, same_as).merge(local, exchange.received)
+            assert nothing.sent == 0 and all(torch.equal(x, y) for x, y in zip(again, buffers, strict=True))
             for buffer, halo in zip(buffers, halos, strict=True):
                 assert buffer[:, 0].tolist() == halo.buffer_rows.tolist()
             # Every rank returns 1 for each row of its buffer: a row gets as many as there are buffers that hold it.

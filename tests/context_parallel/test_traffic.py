@@ -65,8 +65,9 @@ def _by_hand(world_size: int, kind: str, shared: bool, rank: int) -> list[dict]:
     lent = [stops[start] for held in chunks for start, _ in held if start > 0]
     send = depth * GROUPS * (QK + V) * lent.count(rank)
     forward = {"exchange": (send * ITEM, receive * ITEM), "all_gather": ((raw + compressed) * ITEM,) * 2}
+    # Halo rows are kept; only their gradients travel, the other way.
     backward = {
-        "exchange": ((send + receive) * ITEM,) * 2,
+        "exchange": (receive * ITEM, send * ITEM),
         "all_gather": forward["all_gather"],
         "reduce_scatter": ((raw + compressed) * ITEM,) * 2,
     }

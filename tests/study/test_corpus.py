@@ -65,3 +65,16 @@ def test_targets_are_the_next_bytes_and_trailing_tokens_the_last_quarter(site: P
     assert figures["loss"] == 32.0 and figures["trailing_loss"] == 56.0
     assert figures["bits_per_byte"] == pytest.approx(32 / math.log(2))
     assert figures["bins"]["48-63"] == 56.0 and list(figures["bins"])[0] == "0-1" and figures["bins"]["0-1"] == 1.0
+
+
+def test_two_processes_may_write_the_same_text_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, replace = tmp_path / "text" / "train", Path.replace
+
+    def interrupted(written: Path, target: Path) -> Path:
+        monkeypatch.undo()
+        corpus_module._write_once(path, b"bytes")
+        return replace(written, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    corpus_module._write_once(path, b"bytes")
+    assert path.read_bytes() == b"bytes" and [entry.name for entry in path.parent.iterdir()] == ["train"]
