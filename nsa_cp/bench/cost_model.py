@@ -321,7 +321,7 @@ class CostModel:
             lanes.wait(summed)
             summed, raw_there = under_way, following
         lanes.wait(summed)
-        # Groups side by side. (Selected rows are rounded on the way, which one GPU does too.)
+        # The halo's gradients. (Groups of selected rows are joined and rounded in one pass, which one GPU makes too.)
         lanes.wait(returned)
 
     def _return_halo(self, lanes: _Lanes, summed: float, tokens: int, cp: int) -> float:

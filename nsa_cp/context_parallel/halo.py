@@ -144,6 +144,7 @@ class HaloExchange:
 
     def merge(self, tensors: Sequence[torch.Tensor], received: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The buffers of :meth:`wait`, from local rows [T, ...] and ``received`` after an exchange of the same tensors."""
+        assert received or all(halo.is_local for halo in self.halos)
         if not received:
             # Without remote rows the local rows already are the buffer.
             return list(tensors)

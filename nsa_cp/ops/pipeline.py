@@ -242,17 +242,17 @@ class _Branches(torch.autograd.Function):
             d_slc = backward.selected(Branch(*raw_part.wait(), slc))
             slc_sums.append(RowReduceScatter(d_slc, plan.row_partition, call.group))
             del raw_part, d_cmp, d_slc
-            if groups == raw.slices[-1]:
-                # What still travels goes beside the last kernel. The window's gradients meet those of halo rows, the compressed
-                # tokens' go on into the compressor.
-                d_compressed = _join_groups([sums.wait() for sums in cmp_sums], accumulator)
-                dk_buffer, dv_buffer, *dweights = compression.backward(d_compressed)
-                halo.start_return([dk_buffer, dv_buffer, *_join_groups(windows, accumulator)])
+            if groups == raw.slices[-1] and not call.alone:
+                # The halo's gradients and the last sums travel beside the last kernel. Sums before these are through by then.
+                _settle(slc_sums[:-1])
+                dweights = _finish_buffers(compression, halo, windows, cmp_sums, accumulator)
             backward.query_gradients(out=dq[:, heads])
             # One slice's sums travel while the next one computes; no more, for they are as long as the whole sequence.
-            for sums in (*cmp_sums[:-1], *slc_sums[:-1]):
-                sums.wait()
+            _settle(slc_sums[:-1])
             del backward
+        if call.alone:
+            # Nothing travels, and less is held at a time.
+            dweights = _finish_buffers(compression, halo, windows, cmp_sums, accumulator)
         d_slc = _join_groups([sums.wait() for sums in slc_sums], q.dtype)
         dk_cmp, dv_cmp, dk_win, dv_win = halo.wait_return()
         gradients = (dk_cmp, dv_cmp, *d_slc, dk_win, dv_win)
@@ -300,6 +300,7 @@ class _GroupGather:
 
     def __iter__(self) -> Iterator[tuple[slice, RowGather]]:
         for number, groups in enumerate(self.slices):
+            assert number < len(self.under_way), "start_next is called in every round"
             yield groups, self.under_way[number]
 
 
@@ -347,6 +348,32 @@ class _RecomputedCompression:
         upstream = [g.to(x.dtype) for g, x in zip(gradients, self._graph, strict=True)]
         dk, dv, *dweights = torch.autograd.grad(self._graph, self.inputs, upstream)
         return [dk.to(accumulator_dtype(dk)), dv.to(accumulator_dtype(dv)), *dweights]
+
+
+def _settle(sums: Sequence[RowReduceScatter]) -> None:
+    """Wait, so that what was sent is let go of."""
+    for each in sums:
+        each.wait()
+
+
+def _finish_buffers(
+    compression: _RecomputedCompression,
+    halo: HaloExchange,
+    windows: list[Sequence[torch.Tensor]],
+    cmp_sums: list[RowReduceScatter],
+    dtype: torch.dtype,
+) -> list[torch.Tensor]:
+    """Gradients of the buffers with halo rows, whose rows set out to their owners; returns those of the compressors' weights.
+
+    Args:
+        windows, cmp_sums: the window's and the compressed tokens' gradients, of each slice of groups; emptied.
+    """
+    d_compressed = _join_groups([sums.wait() for sums in cmp_sums], dtype)
+    dk, dv, *dweights = compression.backward(d_compressed)
+    halo.start_return([dk, dv, *_join_groups(windows, dtype)])
+    windows.clear()
+    cmp_sums.clear()
+    return dweights
 
 
 def _selected_branch(

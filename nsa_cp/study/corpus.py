@@ -118,5 +118,8 @@ def _write_once(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own: another process may be writing the same text.
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    part.write_bytes(content)
-    part.replace(path)
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import replace
 from unittest import mock
 
@@ -11,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from nsa_cp.config import NSAConfig, RotaryConfig
-from nsa_cp.context_parallel import HaloExchange, RowReduceScatter, SequenceLayout
+from nsa_cp.context_parallel import HaloExchange, RowReduceScatter, SequenceLayout, transfer
 from nsa_cp.ops import pipeline
+from nsa_cp.ops.branches import BranchesBackward
 from nsa_cp.ops.plan import NSAPlan, get_plan, get_window_plan
 from nsa_cp.reference import reference_native_sparse_attention
 from nsa_cp.testing import assert_close
@@ -63,16 +66,24 @@ def _solve_on_rank(rank: int, world_size: int, names: list[str], kind: str, comm
 
 
 def _without_halo(rank: int) -> mock._patch:
+    merge = HaloExchange.merge
+
+    def emptied(self: HaloExchange, tensors: list[torch.Tensor], received: list[torch.Tensor]) -> list[torch.Tensor]:
+        return merge(self, tensors, [torch.zeros_like(x) for x in received])
+
+    return mock.patch.object(HaloExchange, "merge", emptied)
+
+
+def _without_kept_halo(rank: int) -> mock._patch:
+    """The forward is right; the backward finds zeros where the halo rows were kept."""
     wait = HaloExchange.wait
 
-    def emptied(self: HaloExchange) -> list[torch.Tensor]:
+    def forgetful(self: HaloExchange) -> list[torch.Tensor]:
         buffers = wait(self)
-        return [
-            torch.where((halo.order < halo.num_own).view(-1, *[1] * (x.dim() - 1)), x, 0.0)
-            for x, halo in zip(buffers, self.halos, strict=True)
-        ]
+        self.received = tuple(torch.zeros_like(x) for x in self.received)
+        return buffers
 
-    return mock.patch.object(HaloExchange, "wait", emptied)
+    return mock.patch.object(HaloExchange, "wait", forgetful)
 
 
 def _one_rank_drops_its_gradients(rank: int) -> mock._patch:
@@ -98,6 +109,7 @@ FAULTS = {
     None: lambda rank: mock.patch.dict({}),
     "chunks": lambda rank: mock.patch.dict({}),
     "halo": _without_halo,
+    "kept halo": _without_kept_halo,
     "gradients": _one_rank_drops_its_gradients,
     "causality": _causality_off_by_one,
 }
@@ -162,7 +174,39 @@ def test_all_ranks_cut_the_groups_alike(workers) -> None:
         assert_close(joined[key], value, **({} if key == "blocks" else {"rtol": 1e-10, "atol": 1e-10}), name=key)
 
 
-@pytest.mark.parametrize("fault", ["chunks", "halo", "gradients", "causality"])
+def _order_of_the_backward(rank: int, world_size: int) -> list[str]:
+    """Kernels and transfers of a backward in the order in which this rank issues them, one group a slice."""
+    problem = _eight_groups()
+    layout = SequenceLayout.build(PACKED, cp_size=world_size, cp_rank=rank, kind="contiguous")
+    issued, issue = [], transfer.issue
+
+    def noted(name: str, call: Callable[..., object]) -> Callable[..., object]:
+        def wrapped(*arguments: object, **options: object) -> object:
+            issued.append(name)
+            return call(*arguments, **options)
+
+        return wrapped
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(pipeline, "_STEP_BYTES", 1))
+        stack.enter_context(mock.patch.object(transfer, "issue", lambda pattern, *rest: noted(pattern, issue)(pattern, *rest)))
+        for name in ("window", "compressed", "selected", "query_gradients"):
+            kernel = getattr(BranchesBackward, name)
+            stack.enter_context(mock.patch.object(BranchesBackward, name, noted(name, kernel)))
+        solve(problem.shard(layout), layout=layout, group=dist.group.WORLD)
+    return issued[issued.index("window") - 2 :]
+
+
+def test_what_the_backward_issues_when(workers) -> None:
+    """Gathers but the first behind the five products, and the halo's gradients before the last dq; alike on all ranks."""
+    kernels = ["window", "compressed", "all_gather", "reduce_scatter", "selected", "reduce_scatter", "query_gradients"]
+    last = [name for name in kernels if name != "all_gather"]
+    last.insert(-1, "exchange")
+    # Compressed tokens and the first group's rows; no halo.
+    assert workers(3).run(_order_of_the_backward) == [["all_gather"] * 2 + 7 * kernels + last] * 3
+
+
+@pytest.mark.parametrize("fault", ["chunks", "halo", "kept halo", "gradients", "causality"])
 def test_negative_controls_fail(workers, expected, fault: str) -> None:
     shards = workers(2).run(_solve_on_rank, ["plain"], "zigzag", "ring", fault)
     with pytest.raises(AssertionError):
