@@ -93,6 +93,8 @@ class NSASelfAttention(MegatronModule):
             tp_comm_buffer_name="qkv",
             tp_group=self.tp_group,
         )
+        if is_nsa and self.settings.equal_start:
+            self._copy_key_values(0, 1, 2)
         self.linear_gate = BranchGate(config, nsa.num_gates, self.tp_group) if is_nsa and nsa.gate == "branch" else None
         self.core_attention = self._build_core(config) if is_nsa else None
         self.linear_proj = build_module(
@@ -161,7 +163,6 @@ class NSASelfAttention(MegatronModule):
         gradient. Without effect in layers that are not ``nsa``."""
         self.selected_is_open = self.layer_type != "nsa"
 
-    @torch.no_grad()
     def open_selected(self) -> None:
         """Open the selected branch, if it is closed: it begins with the window's key and value projections, which know by then
         how to find a token, as its own have learned nothing. Nothing is copied where keys and values are shared.
@@ -171,15 +172,8 @@ class NSASelfAttention(MegatronModule):
         if self.selected_is_open:
             return
         self.selected_is_open = True
-        if self.settings.nsa.shared_kv:
-            return
-        for rows in (self.linear_qkv.weight, self.linear_qkv.bias):
-            if rows is None:
-                continue
-            parts = rows.unflatten(0, (self.num_groups, -1)).split(self.group_widths, dim=1)
-            _, _, _, k_selected, v_selected, k_window, v_window, _ = parts
-            k_selected.copy_(k_window)
-            v_selected.copy_(v_window)
+        if not self.settings.nsa.shared_kv:
+            self._copy_key_values(2, 1)
 
     def backward_dw(self) -> None:
         """Weight gradients that Megatron delayed, of both projections."""
@@ -208,6 +202,17 @@ class NSASelfAttention(MegatronModule):
                 )
             )
         return state
+
+    @torch.no_grad()
+    def _copy_key_values(self, source: int, *targets: int) -> None:
+        """Give branches (0 compressed, 1 selected, 2 window) the key and value projections of another."""
+        for rows in (self.linear_qkv.weight, self.linear_qkv.bias):
+            if rows is None:
+                continue
+            _, *pairs, _ = rows.unflatten(0, (self.num_groups, -1)).split(self.group_widths, dim=1)
+            for target in targets:
+                for part in (0, 1):
+                    pairs[2 * target + part].copy_(pairs[2 * source + part])
 
     def _split(self, mixed: Tensor) -> list[Tensor]:
         """[s, b, groups * width] to token-major tensors: q [T, N, Dk], then k [T, G, Dk] and v [T, G, Dv] for each branch,

@@ -50,6 +50,9 @@ class ModelSection(Section):
     rotary_percent: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="part of a query/key head that rotates")
     norm_epsilon: Annotated[float, Field(gt=0)] = Field(1e-5, description="epsilon of RMSNorm")
     init_std: Annotated[float, Field(gt=0)] = Field(0.02, description="standard deviation of the initial weights")
+    equal_start: bool = Field(
+        False, description="nsa layers: the branches' key and value projections start with the same weights, and part in training"
+    )
 
 
 _NSA_TYPES = get_type_hints(NSAConfig)

@@ -136,6 +136,7 @@ def megatron_config(config: RunConfig, device: torch.device) -> NSATransformerCo
         kv_channels=model.kv_channels,
         v_channels=model.v_channels,
         layer_pattern=tuple(model.layer_pattern),
+        equal_start=model.equal_start,
         nsa=config.nsa_config,
         rotary=config.rotary_config,
         layernorm_epsilon=model.norm_epsilon,

@@ -1,0 +1,58 @@
+"""Branches whose key and value projections start with equal weights: which rows are copied, and that nothing else changes."""
+
+from __future__ import annotations
+
+import megatron_harness as harness
+import pytest
+import torch
+from megatron_harness import INDEPENDENT, SHARED, Model, Parallel
+
+from nsa_cp.megatron import AttentionSettings
+from nsa_cp.testing import DistributedPool
+
+pytestmark = pytest.mark.distributed
+
+# Rows of one group in the harness's fused projection, counted by hand: two queries of 8, a key of 8 and a value of 4 for each of
+# three branches, three gate logits for each of two heads.
+WIDTH, QUERIES = 16 + 3 * 12 + 6, slice(0, 16)
+BRANCHES, GATES = [slice(16, 28), slice(28, 40), slice(40, 52)], slice(52, 58)
+
+
+def _projections(rank: int, world: int, model: Model) -> list[tuple[str, torch.Tensor]]:
+    """This rank's shards of the fused projections, [groups, rows of a group, ...], with their layers' kinds."""
+    parallel = Parallel(tp=world)
+    with harness.megatron(parallel):
+        _, chunks = harness.build(model, parallel)
+        found = []
+        for layer in chunks[0].decoder.layers:
+            attention = layer.self_attention
+            for parameter in (attention.linear_qkv.weight, attention.linear_qkv.bias):
+                if parameter is not None:
+                    found.append((attention.layer_type, parameter.detach().unflatten(0, (4 // world, -1)).clone()))
+        return found
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_branches_start_alike_and_nothing_else_changes(workers: DistributedPool, world: int) -> None:
+    model = INDEPENDENT.with_extra(add_qkv_bias=True)
+    usual = workers(world).run(_projections, model)
+    equal = workers(world).run(_projections, model.with_extra(equal_start=True))
+    kinds = [kind for kind, _ in equal[0]]
+    assert kinds == [kind for kind in ("nsa", "full", "window", "nsa") for _ in ("weight", "bias")]
+    for before, after in zip(usual, equal, strict=True):
+        for (kind, x), (_, y) in zip(before, after, strict=True):
+            if kind != "nsa":
+                assert torch.equal(x, y)
+                continue
+            assert x.shape[1] == WIDTH and torch.equal(x[:, QUERIES], y[:, QUERIES]) and torch.equal(x[:, GATES], y[:, GATES])
+            for branch in BRANCHES:
+                assert torch.equal(y[:, branch], x[:, BRANCHES[0]])
+            # Biases start at 0.
+            assert x.dim() == 2 or not torch.equal(x[:, BRANCHES[0]], x[:, BRANCHES[1]])
+
+
+def test_shared_keys_and_values_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"but nsa\.shared_kv = True; leave it out"):
+        AttentionSettings(nsa=SHARED.nsa, equal_start=True)
+    with pytest.raises(ValueError, match=r"but nsa\.shared_kv = True; leave it out"):
+        harness.make_config(SHARED.with_extra(equal_start=True), Parallel())
