@@ -100,7 +100,7 @@ class HaloExchange:
 
     Attributes:
         received: after :meth:`wait` the rows of other ranks, a tensor for each one that travelled; none where all rows are local.
-            Kept, they are worth a second exchange of the same tensors, see :meth:`merge`.
+            Kept, they spare a second exchange of the same tensors, see :meth:`merge`.
     """
 
     def __init__(self, halos: Sequence[HaloRows], group: dist.ProcessGroup | None, same_as: Sequence[int] | None = None) -> None:

@@ -236,7 +236,7 @@ class _Branches(torch.autograd.Function):
             if k_whole is None:
                 k_whole, v_whole = gathered.wait()
             d_cmp = backward.compressed(Branch(k_whole[:, groups], v_whole[:, groups], cmp))
-            # Only now: programs of the five products wait for each other, so that a transfer beside some delays all.
+            # Only now: programs of the five products wait for each other, so that a transfer beside some could delay all.
             raw.start_next()
             cmp_sums.append(RowReduceScatter(d_cmp, plan.compressed_partition, call.group))
             d_slc = backward.selected(Branch(*raw_part.wait(), slc))

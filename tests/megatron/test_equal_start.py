@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import megatron_harness as harness
 import pytest
 import torch
@@ -33,7 +35,7 @@ def _projections(rank: int, world: int, model: Model) -> list[tuple[str, torch.T
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_branches_start_alike_and_nothing_else_changes(workers: DistributedPool, world: int) -> None:
+def test_branches_start_alike_and_nothing_else_changes(workers: Callable[[int], DistributedPool], world: int) -> None:
     model = INDEPENDENT.with_extra(add_qkv_bias=True)
     usual = workers(world).run(_projections, model)
     equal = workers(world).run(_projections, model.with_extra(equal_start=True))
