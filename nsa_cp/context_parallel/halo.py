@@ -120,10 +120,14 @@ class HaloExchange:
         self._own: tuple[torch.Tensor, ...] = ()
         self.received: tuple[torch.Tensor, ...] = ()
 
+    @property
+    def _is_local(self) -> bool:
+        return all(halo.is_local for halo in self.halos)
+
     def start(self, tensors: Sequence[torch.Tensor]) -> None:
         """Send what other ranks need of ``tensors`` ([T, ...] local rows each) and post the receives."""
         self._own = tuple(tensors)
-        if all(halo.is_local for halo in self.halos):
+        if self._is_local:
             return
         pairs = [(tensors[i], self.halos[i]) for i in self.carried]
         outgoing = {peer: [x.index_select(0, halo.send[peer]) for x, halo in pairs] for peer in self._destinations}
@@ -144,7 +148,7 @@ class HaloExchange:
 
     def merge(self, tensors: Sequence[torch.Tensor], received: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The buffers of :meth:`wait`, from local rows [T, ...] and ``received`` after an exchange of the same tensors."""
-        assert received or all(halo.is_local for halo in self.halos)
+        assert received or self._is_local
         if not received:
             # Without remote rows the local rows already are the buffer.
             return list(tensors)
@@ -157,7 +161,7 @@ class HaloExchange:
 
     def start_return(self, gradients: Sequence[torch.Tensor]) -> None:
         """Send the halo rows of buffer gradients ([M, ...] each) back to their owners."""
-        if all(halo.is_local for halo in self.halos):
+        if self._is_local:
             self._own = tuple(gradients)
             return
         parts = [halo.separate(gradient) for gradient, halo in zip(gradients, self.halos, strict=True)]

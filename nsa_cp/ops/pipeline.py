@@ -248,7 +248,7 @@ class _Branches(torch.autograd.Function):
                 dweights = _finish_buffers(compression, halo, windows, cmp_sums, accumulator)
             backward.query_gradients(out=dq[:, heads])
             # One slice's sums travel while the next one computes; no more, for they are as long as the whole sequence.
-            _settle(slc_sums[:-1])
+            _settle([*cmp_sums[:-1], *slc_sums[:-1]])
             del backward
         if call.alone:
             # Nothing travels, and less is held at a time.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import sysconfig
 import tempfile
-import uuid
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from nsa_cp.training.errors import UserError
+from nsa_cp.training.files import write_atomically
 
 PARTS = ("test", "valid", "train")
 # No file is more than a part of a package: tables of data would otherwise fill it.
@@ -116,10 +116,4 @@ def _write_once(path: Path, content: bytes) -> None:
     if path.is_file() and path.stat().st_size == len(content):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own: another process may be writing the same text.
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_atomically(path, content)

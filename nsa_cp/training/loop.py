@@ -34,10 +34,11 @@ from nsa_cp.training.data import SampleSource, load_text, train_batches
 from nsa_cp.training.device import choose_device
 from nsa_cp.training.errors import UserError, as_user_error
 from nsa_cp.training.evaluate import bits_per_byte, validation_loss
+from nsa_cp.training.files import write_atomically
 from nsa_cp.training.forward import run_schedule
 from nsa_cp.training.indexed import IndexedSource
 from nsa_cp.training.metrics import Reporter, agree
-from nsa_cp.training.run_folder import RunFolder, read_metrics, write_atomically
+from nsa_cp.training.run_folder import RunFolder, read_metrics
 from nsa_cp.training.sample import sample_text
 from nsa_cp.training.schedule import learning_rate, set_learning_rate
 from nsa_cp.training.setup import Launch, Trainer, build_trainer, close_processes, init_processes
