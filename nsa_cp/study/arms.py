@@ -53,6 +53,13 @@ ARMS = (
     Arm(name="gate_branch", description="one gate a branch for all heads", nsa={"gate": "branch"}, tests_default=True),
 )
 
+# For text, where it tells how much of what sparse attention lacks is lost in choosing.
+DENSE_BLOCKS = Arm(
+    name="dense_blocks",
+    description="the blocks that dense attention with the selected branch's queries and keys weights most",
+    model={"selection": "dense"},
+)
+
 
 def late_arms(stage: int) -> tuple[Arm, ...]:
     """Arms whose selected branch opens at a stage of training, after the compressed branch has learned where to look."""

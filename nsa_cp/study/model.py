@@ -17,10 +17,11 @@ from nsa_cp.context_parallel import SequenceLayout
 from nsa_cp.ops.dispatch import accumulator_dtype
 from nsa_cp.ops.plan import get_layout_plan
 from nsa_cp.ops.rope import apply_rope, rotary_tables
+from nsa_cp.study.dense_blocks import DenseBlockAttention
 from nsa_cp.study.random_blocks import RandomBlockAttention
 
 AttentionKind = Literal["full", "window", "nsa"]
-Selection = Literal["scored", "random", "none"]
+Selection = Literal["scored", "random", "dense", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +30,9 @@ class ModelSettings:
 
     Args:
         attention: ``full``, ``window`` (the last ``nsa.window_size`` tokens) or ``nsa``.
-        selection: of ``nsa``: the ``scored`` blocks of the method, ``random`` ones in their place, or ``none``: the selected
-            branch is closed (its gate is exactly 0) and has no keys and values of its own.
+        selection: of ``nsa``: the ``scored`` blocks of the method, in their place ``random`` ones or those that ``dense``
+            attention weights most, or ``none``: the selected branch is closed (its gate is exactly 0) and has no keys and values
+            of its own.
         num_outputs: only the last so many tokens of the vocabulary are ever predicted; None for all.
         ffn_hidden_size: width of the SwiGLU.
         shift: mix every token's embedding with that of the token before, channel by channel, with learned weights.
@@ -84,7 +86,8 @@ class SelfAttention(nn.Module):
             if s.selection == "random":
                 self.core = RandomBlockAttention(s.nsa, seed=seed, **common)
             else:
-                self.core = NativeSparseAttention(s.nsa, **common)
+                kind = DenseBlockAttention if s.selection == "dense" else NativeSparseAttention
+                self.core = kind(s.nsa, **common)
 
     def forward(self, x: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
         """[T, hidden] to [T, hidden]."""

@@ -18,7 +18,8 @@ from nsa_cp.training.errors import UserError
 _VERDICTS = {"shown": "**shown**", "refuted": "**refuted**: it is worse by more", "open": "open: the interval holds both"}
 # An arm, and one that lacks a part of it.
 _CONTROLS = (
-    ("nsa", "window"), ("nsa", "compressed_window"), ("nsa", "random_blocks"), ("late_selection", "late_random"),
+    ("nsa", "window"), ("nsa", "compressed_window"), ("nsa", "random_blocks"), ("dense_blocks", "nsa"),
+    ("late_selection", "late_random"),
 )  # fmt: skip
 
 

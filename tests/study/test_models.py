@@ -13,7 +13,7 @@ from nsa_cp.attention import full_attention
 from nsa_cp.bench.inputs import HeadLayout, make_inputs
 from nsa_cp.config import NSAConfig, RotaryConfig
 from nsa_cp.ops import select_blocks
-from nsa_cp.study.arms import ARMS, late_arms, model_of
+from nsa_cp.study.arms import ARMS, DENSE_BLOCKS, late_arms, model_of
 from nsa_cp.study.model import Decoder, ModelSettings, _full_attention, count_parameters
 from nsa_cp.study.probe import attention_calls, dense_block_mass, probe, save_selections
 from nsa_cp.study.random_blocks import random_blocks
@@ -190,6 +190,21 @@ def test_the_probe_tells_scored_from_random_selection() -> None:
     assert found["nsa"]["recall"][0] > 1.5 * found["random_blocks"]["recall"][0]
     assert found["nsa"]["mass"][0] > found["random_blocks"]["mass"][0]
     assert probe(Decoder(model_of(ARM["full"], BASE), seed=0), Group("x", pack_layout(1, 1024), [batch]), torch.float32) == {}
+
+
+@pytest.mark.parametrize("shared_kv", [False, True])
+def test_dense_blocks_are_those_that_dense_attention_weights_most(shared_kv: bool) -> None:
+    """Recall of them is 1 by the probe's own sums, in every sequence of a pack; the scored ones miss some."""
+    base = replace(BASE, num_attention_heads=4, num_query_groups=2, nsa=replace(NSA, shared_kv=shared_kv))
+    rng = np.random.default_rng(0)
+    batch = Batch(rng.integers(0, 50, 512), np.arange(0, 512, 5), np.zeros(103, np.int64))
+    found = {}
+    for arm in (DENSE_BLOCKS, ARM["nsa"]):
+        model = Decoder(model_of(arm, base), seed=0)
+        found[arm.name] = probe(model, Group("x", pack_layout(2, 256), [batch]), torch.float32)
+    assert found["dense_blocks"]["recall"] == [1.0, 1.0]
+    assert all(recall < 0.9 for recall in found["nsa"]["recall"])
+    assert all(dense > scored for dense, scored in zip(found["dense_blocks"]["mass"], found["nsa"]["mass"], strict=True))
 
 
 def test_saved_selections_hold_what_the_benchmark_reads(tmp_path: Path) -> None:

@@ -1,0 +1,62 @@
+"""The ceiling of block selection: the blocks that dense attention weights most, whatever the compressed branch knows of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from nsa_cp.attention import NativeSparseAttention
+from nsa_cp.config import NSAConfig, RotaryConfig
+from nsa_cp.context_parallel import SequenceLayout
+from nsa_cp.ops import compressed_attention, native_sparse_attention, select_blocks
+from nsa_cp.ops.dispatch import accumulator_dtype
+from nsa_cp.ops.plan import get_layout_plan
+from nsa_cp.ops.rope import apply_rope, rotary_tables
+
+
+class DenseBlockAttention(NativeSparseAttention):
+    """Native sparse attention that chooses blocks by dense attention of the selected branch's own queries and keys.
+
+    It costs as much as dense attention and is no method: it tells what is lost by scoring blocks from compressed keys from what
+    is lost by attending to few of them. One process; arguments are those of :class:`NativeSparseAttention`.
+    """
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: Sequence[torch.Tensor],
+        v: Sequence[torch.Tensor],
+        gate_logits: torch.Tensor,
+        layout: SequenceLayout,
+    ) -> torch.Tensor:
+        """As :meth:`NativeSparseAttention.forward`."""
+        gates = gate_logits.sigmoid()
+        result = native_sparse_attention(
+            q, k, v, gates, self.k_compressor.weights, self.v_compressor.weights, self.config,
+            rotary=self.rotary, layout=layout, blocks=dense_blocks(q, k[1 % len(k)], self.config, self.rotary, layout),
+        )  # fmt: skip
+        self._record(result.blocks, gates.detach(), layout)
+        return result.out
+
+
+@torch.no_grad()
+def dense_blocks(
+    q: torch.Tensor, k: torch.Tensor, config: NSAConfig, rotary: RotaryConfig | None, layout: SequenceLayout
+) -> torch.Tensor:
+    """The forced blocks and those that dense causal attention, summed over the heads of a group, weights most.
+
+    Args:
+        q: [T, N, Dk], unrotated. k: [T, G, Dk], unrotated.
+
+    Returns:
+        int32 [T, G, n] as :func:`nsa_cp.ops.select_blocks` gives them.
+    """
+    if rotary is not None:
+        tables = rotary_tables(get_layout_plan(layout, q.device).position, rotary, q.shape[-1], accumulator_dtype(q))
+        q, k = apply_rope(q, *tables), apply_rope(k, *tables)
+    # Compressed tokens of one token each are the tokens themselves.
+    every_token = replace(config, compress_block_size=1, compress_stride=1)
+    _, lse = compressed_attention(q, k, k, every_token, layout.cu_seqlens)
+    return select_blocks(q, k, every_token, layout.cu_seqlens, lse)
