@@ -162,9 +162,7 @@ def _language(scale: str, corpus: Corpus) -> Study:
     common = {"vocab_size": 256, "shift": True, "rotary": rotary}
     if scale == "full":
         task = LanguageTask(corpus=corpus, stage=Stage(4000, 2, 8192), valid_batches=16, test_batches=64)
-        model = ModelSettings(
-            num_layers=4, hidden_size=256, num_attention_heads=16, ffn_hidden_size=704, nsa=_TEXT_NSA, **common
-        )
+        model = ModelSettings(num_layers=4, hidden_size=256, num_attention_heads=16, ffn_hidden_size=704, nsa=_TEXT_NSA, **common)
         train = TrainSettings(warmup_steps=150, weight_decay=0.1, betas=(0.9, 0.95), eval_every=400)
     else:
         mini = scale == "mini"
