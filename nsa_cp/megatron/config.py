@@ -54,21 +54,18 @@ class AttentionSettings:
         rotary: rotation of queries and keys; None for no position embedding.
         v_channels: Dv, width of a value head; None for Megatron's ``kv_channels`` (which is Dk).
         layer_pattern: kinds of layers, ``nsa`` | ``full`` | ``window``, repeated over the global layer numbers.
-        equal_start: the key and value projections of an NSA layer's branches start with the same weights, and part in training.
+        equal_start: the key and value projections of an NSA layer's branches start with the same weights, and part in training
+            (docs/learning has why). Without effect where ``nsa.shared_kv`` leaves one of them.
     """
 
     nsa: NSAConfig = field(default_factory=NSAConfig)
     rotary: RotaryConfig | None = field(default_factory=RotaryConfig)
     v_channels: int | None = None
     layer_pattern: tuple[str, ...] = ("nsa",)
-    equal_start: bool = False
+    equal_start: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layer_pattern", check_layer_pattern(self.layer_pattern, self.nsa))
-        if self.equal_start and self.nsa.shared_kv:
-            raise ValueError(
-                "equal_start = True is for branches with keys and values of their own, but nsa.shared_kv = True; leave it out"
-            )
         if self.v_channels is not None and self.v_channels < 1:
             raise ValueError(f"v_channels = {self.v_channels} must be at least 1; leave it out to use kv_channels")
 
@@ -95,7 +92,7 @@ class NSATransformerConfig(TransformerConfig):
     rotary: RotaryConfig | None = field(default_factory=RotaryConfig)
     v_channels: int | None = None
     layer_pattern: tuple[str, ...] = ("nsa",)
-    equal_start: bool = False
+    equal_start: bool = True
 
     def __post_init__(self) -> None:
         self.layer_pattern = self.attention_settings.layer_pattern

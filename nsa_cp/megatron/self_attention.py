@@ -93,7 +93,7 @@ class NSASelfAttention(MegatronModule):
             tp_comm_buffer_name="qkv",
             tp_group=self.tp_group,
         )
-        if is_nsa and self.settings.equal_start:
+        if is_nsa and self.settings.equal_start and not nsa.shared_kv:
             self._copy_key_values(0, 1, 2)
         self.linear_gate = BranchGate(config, nsa.num_gates, self.tp_group) if is_nsa and nsa.gate == "branch" else None
         self.core_attention = self._build_core(config) if is_nsa else None

@@ -45,9 +45,9 @@ ARMS = (
     Arm(name="compressor_linear", description="linear compression", nsa={"compressor": "linear"}, tests_default=True),
     Arm(name="rope_before", description="keys rotated before compression", nsa={"compressed_rope": "before"}, tests_default=True),
     Arm(
-        name="equal_start",
-        description="K/V projections of the branches that start with equal weights",
-        model={"equal_start": True},
+        name="apart_start",
+        description="K/V projections of the branches that start with weights of their own",
+        model={"equal_start": False},
         tests_default=True,
     ),
     Arm(name="gate_branch", description="one gate a branch for all heads", nsa={"gate": "branch"}, tests_default=True),

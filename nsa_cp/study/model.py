@@ -36,7 +36,7 @@ class ModelSettings:
         num_outputs: only the last so many tokens of the vocabulary are ever predicted; None for all.
         ffn_hidden_size: width of the SwiGLU.
         shift: mix every token's embedding with that of the token before, channel by channel, with learned weights.
-        equal_start: the branches' key and value projections start with the same weights (and part in training).
+        equal_start: the branches' key and value projections start with the same weights, and part in training.
         selected_from: stage of training from which the selected branch is open. Before, its gate is exactly 0; when it opens,
             its key and value projections are set to the window's.
     """
@@ -52,7 +52,7 @@ class ModelSettings:
     attention: AttentionKind = "nsa"
     selection: Selection = "scored"
     shift: bool = False
-    equal_start: bool = False
+    equal_start: bool = True
     selected_from: int = 0
     nsa: NSAConfig = field(default_factory=NSAConfig)
     rotary: RotaryConfig = field(default_factory=RotaryConfig)

@@ -125,18 +125,6 @@ def _check_window(config: RunConfig) -> Iterator[Problem]:
         yield Problem("nsa.window_size", "0 switches the window off, but model.layer_pattern has window layers; use at least 1")
 
 
-def _check_equal_start(config: RunConfig) -> Iterator[Problem]:
-    if config.model.equal_start and "nsa" not in config.layer_kinds:
-        yield Problem(
-            "model.equal_start",
-            f"is for nsa layers, but model.layer_pattern = {list(config.model.layer_pattern)} has none; leave it out",
-        )
-    elif config.model.equal_start and config.nsa.shared_kv:
-        yield Problem(
-            "model.equal_start", "is for branches with keys and values of their own, but nsa.shared_kv = true; leave it out"
-        )
-
-
 def _check_tensor_parallel(config: RunConfig) -> Iterator[Problem]:
     model, tensor = config.model, config.parallel.tensor
     for key in ("num_query_groups", "num_attention_heads", "ffn_hidden_size"):
@@ -255,7 +243,6 @@ _CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
     (("nsa",), _check_nsa),
     (("model",), _check_model),
     (("model", "nsa"), _check_window),
-    (("model", "nsa"), _check_equal_start),
     (("model", "parallel"), _check_tensor_parallel),
     (("data", "parallel"), _check_vocabulary),
     (("model", "parallel"), _check_pipeline),

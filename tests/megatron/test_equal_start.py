@@ -37,7 +37,7 @@ def _projections(rank: int, world: int, model: Model) -> list[tuple[str, torch.T
 @pytest.mark.parametrize("world", [1, 2])
 def test_branches_start_alike_and_nothing_else_changes(workers: Callable[[int], DistributedPool], world: int) -> None:
     model = INDEPENDENT.with_extra(add_qkv_bias=True)
-    usual = workers(world).run(_projections, model)
+    usual = workers(world).run(_projections, model.with_extra(equal_start=False))
     equal = workers(world).run(_projections, model.with_extra(equal_start=True))
     kinds = [kind for kind, _ in equal[0]]
     assert kinds == [kind for kind in ("nsa", "full", "window", "nsa") for _ in ("weight", "bias")]
@@ -53,8 +53,13 @@ def test_branches_start_alike_and_nothing_else_changes(workers: Callable[[int], 
             assert x.dim() == 2 or not torch.equal(x[:, BRANCHES[0]], x[:, BRANCHES[1]])
 
 
-def test_shared_keys_and_values_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"but nsa\.shared_kv = True; leave it out"):
-        AttentionSettings(nsa=SHARED.nsa, equal_start=True)
-    with pytest.raises(ValueError, match=r"but nsa\.shared_kv = True; leave it out"):
-        harness.make_config(SHARED.with_extra(equal_start=True), Parallel())
+@pytest.mark.parametrize("equal_start", [True, False])
+def test_one_key_and_value_for_all_branches_starts_the_same_either_way(
+    workers: Callable[[int], DistributedPool], equal_start: bool
+) -> None:
+    default, asked = (workers(1).run(_projections, model)[0] for model in (SHARED, SHARED.with_extra(equal_start=equal_start)))
+    assert len(default) == 4 and all(torch.equal(x, y) for (_, x), (_, y) in zip(default, asked, strict=True))
+
+
+def test_it_is_the_default() -> None:
+    assert AttentionSettings().equal_start and harness.make_config(SHARED, Parallel()).attention_settings.equal_start

@@ -54,12 +54,12 @@ def test_one_seed_gives_arms_the_same_weights_where_shapes_agree() -> None:
 
 
 def test_branches_that_start_equal() -> None:
-    """Their keys and values agree at the start, those of the arm ``nsa`` do not; the first branch starts as there."""
+    """Their keys and values agree at the start, unless they are to start apart; the first branch starts the same either way."""
     by_branch = {
         name: Decoder(model_of(ARM[name], BASE), seed=3).attentions[0].kv_proj.weight.unflatten(0, (3, -1))
-        for name in ("nsa", "equal_start")
+        for name in ("apart_start", "nsa")
     }
-    equal, independent = by_branch["equal_start"], by_branch["nsa"]
+    equal, independent = by_branch["nsa"], by_branch["apart_start"]
     assert torch.equal(equal[0], equal[1]) and torch.equal(equal[0], equal[2])
     assert not torch.equal(independent[0], independent[1])
     assert torch.equal(equal[0], independent[0])

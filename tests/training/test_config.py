@@ -149,16 +149,6 @@ REFUSED = {
         "train.warmup_steps",
         "20 is larger than train.steps = 5; use at most 5",
     ),
-    "one start for shared keys": (
-        ["model.equal_start=true", "nsa.shared_kv=true"],
-        "model.equal_start",
-        "is for branches with keys and values of their own, but nsa.shared_kv = true; leave it out",
-    ),
-    "one start for nothing": (
-        ["model.equal_start=true", "model.layer_pattern=[full]"],
-        "model.equal_start",
-        r"is for nsa layers, but model.layer_pattern = \['full'\] has none; leave it out",
-    ),
     "opens after the run": (
         ["train.selected_from_step=301"],
         "train.selected_from_step",
