@@ -66,8 +66,8 @@ class Model:
 
 
 # Between them: both kinds of K/V, gates, compressors with weights, orders of rotation, and ways of communication. (With a
-# linear compressor of rotated keys the gradient of its key position is zero, which leaves nothing to compare.) Branches that start
-# alike would hide that one took another's keys.
+# linear compressor of rotated keys the gradient of its key position is zero, which leaves nothing to compare.) Branches that
+# start alike would hide that one took another's keys.
 INDEPENDENT = Model().with_nsa(compressor="linear", compressed_comm="ring").with_extra(equal_start=False)
 SHARED = Model().with_nsa(shared_kv=True, gate="branch", compressed_rope="before", compressed_comm="all_gather")
 
