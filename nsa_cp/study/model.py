@@ -36,7 +36,8 @@ class ModelSettings:
         num_outputs: only the last so many tokens of the vocabulary are ever predicted; None for all.
         ffn_hidden_size: width of the SwiGLU.
         shift: mix every token's embedding with that of the token before, channel by channel, with learned weights.
-        equal_start: the branches' key and value projections start with the same weights, and part in training.
+        equal_start: the branches' key and value projections start with the same weights, and part in training. Without effect
+            where there is one of them.
         selected_from: stage of training from which the selected branch is open. Before, its gate is exactly 0; when it opens,
             its key and value projections are set to the window's.
     """

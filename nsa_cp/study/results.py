@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,13 @@ def newest_table(records: Iterable[Record], scale: str) -> list[Record]:
         return []
     newest = max(done, key=lambda record: record["finished"])["table"]
     return [record for record in done if record["table"] == newest]
+
+
+def current_runs(study: Study, records: Iterable[Record]) -> list[Record]:
+    """Those whose model is what the study's arm of that name is now: definitions of arms change, and names stay."""
+    models = {arm.name: study.run(arm.name, study.lrs[0], study.seeds[0]).model for arm in study.arms}
+    wanted = {name: json.loads(json.dumps(asdict(model))) for name, model in models.items()}
+    return [record for record in records if record["settings"]["model"] == wanted.get(record["arm"])]
 
 
 def arrange(study: Study, records: Sequence[Record]) -> dict[str, ArmResult]:

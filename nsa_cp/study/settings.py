@@ -63,7 +63,8 @@ class RunSettings:
         m = self.model
         if m.attention == "full":
             return ""
-        return repr((m.attention, m.num_attention_heads // m.num_query_groups, m.kv_channels, m.nsa, self.train.precision))
+        heads = m.num_attention_heads // m.num_query_groups
+        return repr((m.attention, m.selection, heads, m.kv_channels, m.nsa, self.train.precision))
 
     def as_dict(self) -> dict[str, Any]:
         """All settings as JSON values."""

@@ -51,7 +51,7 @@ class ModelSection(Section):
     norm_epsilon: Annotated[float, Field(gt=0)] = Field(1e-5, description="epsilon of RMSNorm")
     init_std: Annotated[float, Field(gt=0)] = Field(0.02, description="standard deviation of the initial weights")
     equal_start: bool = Field(
-        True, description="nsa layers: the branches' key and value projections start with the same weights, and part in training"
+        True, description="nsa layers: the branches' key and value projections, unless shared, start with the same weights"
     )
 
 

@@ -34,7 +34,7 @@ CORPUS_BYTES = 8_000_000
 SETTINGS = [
     "data.sequence_length=32768", "train.global_batch_size=2", f"train.warmup_steps={BEFORE}", "train.lr=3e-4",
     "train.min_lr=3e-4", "train.eval_interval=0", "train.eval_sequences=2", "train.checkpoint_interval=0",
-    "train.log_interval=10", "sample.tokens=0",
+    "train.log_interval=10", "sample.tokens=0", "model.equal_start=false",
 ]  # fmt: skip
 
 

@@ -26,7 +26,10 @@ pytestmark = [
 STEPS, LAST = 200, 50
 # A higher learning rate makes the runs chaotic: rounding's drift then hides a lost gradient.
 SETTINGS: dict[str, Any] = {
-    "model": dict(num_layers=2, hidden_size=256, num_attention_heads=8, num_query_groups=2, kv_channels=64, rotary_base=1e4),
+    "model": dict(
+        num_layers=2, hidden_size=256, num_attention_heads=8, num_query_groups=2, kv_channels=64, rotary_base=1e4,
+        equal_start=False,
+    ),
     "nsa": dict(compress_block_size=16, compress_stride=8, select_block_size=32, num_selected_blocks=4, window_size=64),
     "data": dict(sequence_length=512),
     "train": dict(

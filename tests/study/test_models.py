@@ -23,7 +23,11 @@ from nsa_cp.study.task import Batch, Group, pack_layout
 NSA = NSAConfig(
     compress_block_size=8, compress_stride=4, select_block_size=16, num_selected_blocks=4, num_local_blocks=1, window_size=24
 )
-BASE = ModelSettings(vocab_size=50, hidden_size=32, kv_channels=16, ffn_hidden_size=64, nsa=NSA, rotary=RotaryConfig(percent=0.5))
+# Branches that start alike would hide that one took another's keys.
+BASE = ModelSettings(
+    vocab_size=50, hidden_size=32, kv_channels=16, ffn_hidden_size=64, nsa=NSA, rotary=RotaryConfig(percent=0.5),
+    equal_start=False,
+)  # fmt: skip
 ARM = {arm.name: arm for arm in ARMS}
 CPU = torch.device("cpu")
 
@@ -55,8 +59,9 @@ def test_one_seed_gives_arms_the_same_weights_where_shapes_agree() -> None:
 
 def test_branches_that_start_equal() -> None:
     """Their keys and values agree at the start, unless they are to start apart; the first branch starts the same either way."""
+    equal_base = replace(BASE, equal_start=True)
     by_branch = {
-        name: Decoder(model_of(ARM[name], BASE), seed=3).attentions[0].kv_proj.weight.unflatten(0, (3, -1))
+        name: Decoder(model_of(ARM[name], equal_base), seed=3).attentions[0].kv_proj.weight.unflatten(0, (3, -1))
         for name in ("apart_start", "nsa")
     }
     equal, independent = by_branch["nsa"], by_branch["apart_start"]

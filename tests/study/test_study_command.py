@@ -51,12 +51,13 @@ def sign_is_right(line: str, made: list[dict]) -> bool:
 @pytest.mark.parametrize("name", ["mqar", "passkey", "language"])
 def test_a_study_from_the_first_run_to_the_page(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = ["--text", str(packages(tmp_path / "site"))] if name == "language" else []
-    options = ["--lrs", "0.004", "--seeds", "2", *text, "--only", f"arm={','.join(ARMS)}"]
+    names = (*ARMS, "dense_blocks") if name == "language" else ARMS
+    options = ["--lrs", "0.004", "--seeds", "2", *text, "--only", f"arm={','.join(names)}"]
     assert study(name, *options) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("complete: ")
     made = records(name)
-    assert len(made) == 10 and {record["status"] for record in made} == {"done"}
-    assert study(name, *options) == 0 and len(records(name)) == 10
+    assert len(made) == 2 * len(names) and {record["status"] for record in made} == {"done"}
+    assert study(name, *options) == 0 and len(records(name)) == len(made)
     nsa = next(record for record in made if record["arm"] == "nsa")
     assert len(nsa["attention"]["gates"]) == (1 if name == "mqar" else 2) and nsa["curve"][-1]["step"] == nsa["steps"]
     saved = torch.load(f"runs/study/{name}_selections.pt", weights_only=True)
@@ -64,16 +65,30 @@ def test_a_study_from_the_first_run_to_the_page(name: str, tmp_path: Path, capsy
 
     assert study(name, "--report", "--docs", "pages") == 0
     page = Path(f"pages/{name}.md").read_text()
-    assert all(f"| {arm} |" in page for arm in ARMS) and "set down before the runs" in page
+    assert all(f"| {arm} |" in page for arm in names) and "set down before the runs" in page
     assert all(sign_is_right(line, made) for line in page.splitlines() if line.startswith("| ") and " minus " in line)
     assert "| nsa minus window |" in page
     assert page.count("against `full`: difference") == (2 if name == "passkey" else 1)
     rows = list(csv.DictReader(Path(f"pages/{name}.csv").open()))
-    assert len(rows) == 10 and {row["arm"] for row in rows} == set(ARMS) and rows[0]["test.loss"]
+    assert len(rows) == len(made) and {row["arm"] for row in rows} == set(names) and rows[0]["test.loss"]
     plots = {path.name for path in Path("pages").glob("*.png")}
     extra = {"mqar": set(), "passkey": {"passkey_depth_length.png"}, "language": {"language_positions.png"}}[name]
     assert plots == {f"{name}_arms.png", f"{name}_curves.png"} | extra
-    assert all(plot in page for plot in plots)
+    assert all(plot in page for plot in plots) and "Left out" not in page
+
+
+def test_runs_of_an_arm_that_was_something_else_are_left_out() -> None:
+    """Of the same table, under the same name; and with none left there is nothing to write."""
+    assert study("mqar", "--lrs", "0.004", "--seeds", "1", "--only", "arm=full,nsa") == 0
+    path = Path("runs/study/mqar.jsonl")
+    full, nsa = records("mqar")
+    nsa["settings"]["model"]["equal_start"] = False
+    path.write_text(f"{json.dumps(full)}\n{json.dumps(nsa)}\n")
+    assert study("mqar", "--report", "--docs", "pages") == 0
+    page = Path("pages/mqar.md").read_text()
+    assert "| full |" in page and "| nsa |" not in page and "Left out: 1 runs" in page
+    path.write_text(f"{json.dumps(nsa)}\n")
+    assert study("mqar", "--report", "--docs", "pages") == 2
 
 
 def test_every_arm_trains(capsys: pytest.CaptureFixture[str]) -> None:
