@@ -99,10 +99,11 @@ class NativeSparseAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_attention_heads % num_query_groups:
+        if num_query_groups < 1 or num_attention_heads < 1 or num_attention_heads % num_query_groups:
             raise ValueError(
-                f"num_attention_heads = {num_attention_heads} is not a multiple of num_query_groups = {num_query_groups}"
+                f"num_attention_heads = {num_attention_heads} is not a positive multiple of num_query_groups = {num_query_groups}"
             )
+        self.num_attention_heads = num_attention_heads
         self.config, self.rotary, self.cp_group = config, rotary, cp_group
         factory = {"generator": generator, "device": device, "dtype": dtype}
         self.k_compressor = Compressor(config, num_query_groups, qk_dim, **factory)
@@ -134,6 +135,10 @@ class NativeSparseAttention(nn.Module):
         Raises:
             ValueError: inputs that do not fit together or to the layout, or ranks that disagree.
         """
+        if q.dim() == 3 and q.shape[1] != self.num_attention_heads:
+            raise ValueError(
+                f"q has {q.shape[1]} heads; this module was made for num_attention_heads = {self.num_attention_heads}"
+            )
         gates = gate_logits.sigmoid()
         result = native_sparse_attention(
             q, k, v, gates, self.k_compressor.weights, self.v_compressor.weights, self.config,

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import argparse
 import math
+from typing import TYPE_CHECKING
 
-_SIZES = ("compress_block_size", "compress_stride", "select_block_size", "num_selected_blocks", "window_size")
+from nsa_cp.training.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+_SIZES = (
+    "compress_block_size", "compress_stride", "select_block_size", "num_selected_blocks", "num_init_blocks", "num_local_blocks",
+    "window_size",
+)  # fmt: skip
 
 
 def add_sizes(parser: argparse.ArgumentParser) -> None:
@@ -58,3 +67,18 @@ def _number(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text} is not a finite number; give one, for example 0.5")
     return value
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device of ``--device``: ``cuda``, ``cpu``, or empty for CUDA where it is there.
+
+    Raises:
+        UserError: another name, or CUDA where there is none.
+    """
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but PyTorch finds no GPU (0 devices); use --device cpu")
+    if name not in ("", "cpu", "cuda"):
+        raise UserError(f"--device {name!r} is unknown; use cuda or cpu")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nsa_cp.cli import bench_context_parallel
-from nsa_cp.cli.arguments import add_sizes, given_sizes, positive
+from nsa_cp.cli.arguments import add_sizes, chosen_device, given_sizes, positive
 from nsa_cp.training.errors import UserError, as_user_error
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def _attention(arguments: argparse.Namespace) -> int:
     from nsa_cp.bench.rows import write_csv
     from nsa_cp.bench.work import stage_work
 
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = chosen_device(arguments.device)
     unknown = set(arguments.impls) - set(IMPLEMENTATIONS)
     if unknown:
         raise UserError(f"implementations {sorted(unknown)} are unknown; use some of {', '.join(IMPLEMENTATIONS)}")

@@ -7,11 +7,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nsa_cp.cli.arguments import chosen_device
 from nsa_cp.training.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
-
     from nsa_cp.study.table import Study
 
 
@@ -44,7 +43,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     study.add_argument("--verbose", action="store_true", help="a line for every validation too")
     study.add_argument("--list", action="store_true", help="print the arms with their parameters and the runs still to make")
     study.add_argument("--report", action="store_true", help="write CSV, plots and page of the finished runs, and make none")
-    study.add_argument("--docs", type=Path, default=Path("docs/learning"), metavar="FOLDER", help="of the report")
+    study.add_argument("--docs", type=Path, metavar="FOLDER", help="of the report; default: report in the folder of --out")
     study.set_defaults(run=_study)
 
 
@@ -70,7 +69,7 @@ def _study(arguments: argparse.Namespace) -> int:
         table = Table(
             study,
             store,
-            _device(arguments.device),
+            chosen_device(arguments.device),
             num_workers=arguments.workers,
             deadline=deadline,
             use_graph=not arguments.no_graph,
@@ -129,16 +128,6 @@ def _filters(texts: list[str], study: Study) -> dict[str, list]:
     return chosen
 
 
-def _device(name: str) -> torch.device:
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but PyTorch finds no GPU (0 devices); use --device cpu")
-    if name not in ("", "cpu", "cuda"):
-        raise UserError(f"--device {name!r} is unknown; use cuda or cpu")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
 def _list(study: Study, path: Path) -> int:
     from nsa_cp.study.model import count_parameters
     from nsa_cp.study.store import RunStore
@@ -160,6 +149,6 @@ def _report(arguments: argparse.Namespace, path: Path) -> int:
 
     if not path.is_file():
         raise UserError(f"{path} does not exist; make the runs first: nsa-cp study {arguments.name} --out {arguments.out}")
-    written = write_report(arguments.name, arguments.scale, path, arguments.docs)
+    written = write_report(arguments.name, arguments.scale, path, arguments.docs or arguments.out / "report")
     print(f"wrote {', '.join(map(str, written))}")
     return 0

@@ -1,7 +1,7 @@
 """Attention in which each query sees one contiguous range of keys: the window and compressed branches, and dense causal.
 
 Forward and backward are plain functions here; the autograd Functions that use them are in ``stages`` and in
-``native_sparse_attention``. Scores are never kept: the backward recomputes them from the log-sum-exp.
+``pipeline``. Scores are never kept: the backward recomputes them from the log-sum-exp.
 """
 
 from __future__ import annotations

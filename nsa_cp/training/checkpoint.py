@@ -49,7 +49,8 @@ def find_latest(folder: Path) -> Path:
     pointer = folder / LATEST
     if not pointer.is_file():
         raise UserError(
-            f"there is no checkpoint in {folder} to resume from; start without --resume, or with --overwrite to begin again"
+            f"there is no checkpoint in {folder} to resume from; begin with --overwrite, or without --resume "
+            f"where there is no run yet"
         )
     path = folder / pointer.read_text(encoding="utf-8").strip()
     if path.parent != folder or not path.is_dir():
@@ -74,9 +75,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"checkpoint {path} is damaged: {MANIFEST} is not valid JSON; resume from another checkpoint"
-        ) from error
+        raise UserError(f"checkpoint {path} is damaged: {MANIFEST} is not valid JSON; resume from another checkpoint") from error
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
         raise UserError(
             f"{path} is not a checkpoint of nsa-cp: {MANIFEST} has another format; resume from one that nsa-cp train wrote"

@@ -182,8 +182,9 @@ def _run(plan: Plan, *, overwrite: bool) -> dict[str, Any] | None:
         progress = Progress(manifest["step"], manifest["consumed_samples"], saved_step=manifest["step"])
     _close_selected_until_due(trainer, progress.step)
     # Forming the groups was a collective, so every process has looked at the folder before the first one changes it.
+    changes: list[str] = []
     if first:
-        folder.begin(config, overwrite=overwrite)
+        changes = folder.begin(config, overwrite=overwrite)
         progress.wall_seconds = folder.keep_metrics_until(progress.step)
     dist.barrier()
     if isinstance(plan.source, IndexedSource):
@@ -193,6 +194,8 @@ def _run(plan: Plan, *, overwrite: bool) -> dict[str, Any] | None:
         folder, active=first, first_step=progress.step, num_steps=config.train.steps, log_interval=config.train.log_interval
     )
     reporter.say(_headline(trainer, plan, progress))
+    if changes:
+        reporter.say(f"settings that differ from those before: {'; '.join(changes)}")
     with contextlib.closing(reporter), StopRequest() as stop:
         stopped = _train_steps(trainer, plan, progress, reporter, stop)
         if stopped:
@@ -280,7 +283,7 @@ def train_step(trainer: Trainer, source: SampleSource, progress: Progress, stop:
     if not (math.isfinite(row["loss"]) and math.isfinite(norm)):
         raise UserError(
             f"loss {row['loss']} and gradient norm {norm} at step {progress.step} are not finite; "
-            f"lower train.lr = {train.lr} and resume from the last checkpoint"
+            f"lower train.lr = {train.lr} and resume from the last checkpoint, or begin again with --overwrite"
         )
     return {
         "step": progress.step,

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from nsa_cp.training.config import RunConfig
 from nsa_cp.training.errors import UserError
@@ -40,21 +43,34 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; choose another name= or runs_dir=")
         if self.exists() and not resume and not overwrite:
-            raise UserError(
-                f"run {self.path} exists; go on with --resume, begin again with --overwrite, or choose another name="
-            )
+            go_on = "go on with --resume, " if (self.checkpoints / "latest").is_file() else "it has no checkpoint yet; "
+            raise UserError(f"run {self.path} exists; {go_on}begin again with --overwrite, or choose another name=")
 
-    def begin(self, config: RunConfig, *, overwrite: bool) -> None:
+    def begin(self, config: RunConfig, *, overwrite: bool) -> list[str]:
         """Create the folder with its config.yaml. For the first process only.
 
         Args:
             config: the resolved run.
             overwrite: remove what an earlier run left (only files that a run writes).
+
+        Returns:
+            Settings in which a run that goes on differs from its part before, each with both values. That part's file then stays
+            as ``config_before_1.yaml``, 2 and so on.
         """
         if overwrite:
             self._remove()
         self.path.mkdir(parents=True, exist_ok=True)
+        changes = []
+        if self.config.is_file():
+            before = self.config.read_text(encoding="utf-8")
+            changes = list(_differences(yaml.safe_load(before), yaml.safe_load(config.to_yaml())))
+            if changes:
+                write_atomically(self.path / f"config_before_{len(self._earlier_configs()) + 1}.yaml", before)
         write_atomically(self.config, config.to_yaml())
+        return changes
+
+    def _earlier_configs(self) -> list[Path]:
+        return list(self.path.glob("config_before_*.yaml"))
 
     def keep_metrics_until(self, step: int) -> float:
         """Drop metrics of steps after ``step``: a resumed run writes them again. For the first process only.
@@ -67,7 +83,8 @@ class RunFolder:
         return float(rows[-1]["wall_seconds"]) if rows else 0.0
 
     def _remove(self) -> None:
-        for item in (self.config, self.metrics, self.summary, self.loss_plot, self.blocks_plot, self.sample):
+        files = (self.config, self.metrics, self.summary, self.loss_plot, self.blocks_plot, self.sample)
+        for item in (*files, *self._earlier_configs()):
             item.unlink(missing_ok=True)
         for item in (self.tensorboard, self.checkpoints, self.index_cache):
             if item.is_dir():
@@ -85,3 +102,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], section: str = "") -> Iterator[str]:
+    """``name: old -> new`` of every setting that differs, sections joined by dots."""
+    for key in dict.fromkeys((*before, *now)):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new, f"{section}{key}.")
+        elif old != new:
+            yield f"{section}{key}: {old} -> {new}"

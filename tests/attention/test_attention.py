@@ -170,3 +170,13 @@ def test_gradients_reach_every_compressor_parameter() -> None:
 def test_refusals(call: Callable, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_heads_other_than_those_the_module_was_made_for() -> None:
+    config = NSAConfig(compress_block_size=8, compress_stride=4, select_block_size=16, num_selected_blocks=3, window_size=16)
+    module = NativeSparseAttention(config, num_attention_heads=8, num_query_groups=2, qk_dim=8)
+    q, k = torch.randn(64, 4, 8), [torch.randn(64, 2, 8)] * 3
+    with pytest.raises(ValueError, match="q has 4 heads; this module was made for num_attention_heads = 8"):
+        module(q, k, k, torch.zeros(64, 4, 3), SequenceLayout.build(64))
+    with pytest.raises(ValueError, match="8 is not a positive multiple of num_query_groups = 0"):
+        NativeSparseAttention(config, num_attention_heads=8, num_query_groups=0, qk_dim=8)

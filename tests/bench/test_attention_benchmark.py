@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -163,3 +164,13 @@ def test_work_is_what_the_visible_pairs_take() -> None:
     paper = stage_work(NSAConfig(), HeadLayout(64, 4, 128, 128), 65536)
     floors = {pass_: sum(w.floor_ms for (stage, p), w in paper.items() if p == pass_ and stage != "dense") for pass_ in PASSES}
     assert floors["forward"] == pytest.approx(17, abs=0.5) and floors["backward"] == pytest.approx(31, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("tpu", "--device 'tpu' is unknown; use cuda or cpu"), ("cuda", "finds no GPU .0 devices.; use --device cpu")],
+)
+def test_a_device_that_is_not_there(name: str, message: str, capsys: CaptureFixture[str], monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["bench", "attention", "--device", name]) == 2
+    assert re.search(message, capsys.readouterr().err)

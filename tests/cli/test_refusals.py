@@ -82,7 +82,7 @@ SETTINGS = {
     ),
     "no run to resume": (
         ["parallel.context=1", "--resume"],
-        "there is no checkpoint in runs/quickstart/checkpoints to resume from; start without --resume",
+        "there is no checkpoint in runs/quickstart/checkpoints to resume from; begin with --overwrite, or without --resume",
     ),
 }
 
@@ -98,9 +98,7 @@ def test_files_that_cannot_be_trained_on(capsys: pytest.CaptureFixture[str]) -> 
     Path("latin.txt").write_bytes("grün".encode("latin-1") * 2000)
     text = [str(QUICKSTART), "parallel.context=1", "data.kind=text"]
     assert "data file empty.txt is empty (0 bytes)" in refuse(capsys, "train", *text, "data.paths=[empty.txt]")
-    assert "data file latin.txt is not UTF-8 text: byte 2 is invalid" in refuse(
-        capsys, "train", *text, "data.paths=[latin.txt]"
-    )
+    assert "data file latin.txt is not UTF-8 text: byte 2 is invalid" in refuse(capsys, "train", *text, "data.paths=[latin.txt]")
 
 
 def test_configurations_that_cannot_be_read(capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,6 +119,10 @@ def test_runs_that_cannot_be_evaluated(capsys: pytest.CaptureFixture[str]) -> No
 def test_an_existing_run(capsys: pytest.CaptureFixture[str]) -> None:
     Path("runs/quickstart").mkdir(parents=True)
     Path("runs/quickstart/config.yaml").write_text("{}")
+    told = refuse(capsys, "train", str(QUICKSTART), "parallel.context=1")
+    assert "run runs/quickstart exists; it has no checkpoint yet; begin again with --overwrite" in told
+    Path("runs/quickstart/checkpoints").mkdir()
+    Path("runs/quickstart/checkpoints/latest").write_text("step_00000050")
     assert "run runs/quickstart exists; go on with --resume" in refuse(capsys, "train", str(QUICKSTART), "parallel.context=1")
 
 
@@ -135,9 +137,7 @@ def test_several_faults_are_told_together(capsys: pytest.CaptureFixture[str]) ->
     ]
 
 
-def test_only_the_first_process_of_a_machine_speaks(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_first_process_of_a_machine_speaks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "9")
     monkeypatch.setenv("WORLD_SIZE", "16")
     monkeypatch.setenv("LOCAL_RANK", "1")

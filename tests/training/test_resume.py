@@ -16,6 +16,7 @@ from nsa_cp.testing import DistributedPool
 from nsa_cp.training import checkpoint, loop
 from nsa_cp.training.checkpoint import find_latest, read_manifest
 from nsa_cp.training.config import RunConfig
+from nsa_cp.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.distributed
 
@@ -171,3 +172,19 @@ def test_old_checkpoints_go_and_a_finished_run_can_be_resumed(tmp_path: Path, wo
     shutil.rmtree(folder)
     [afresh] = workers(1).run(train_here, config, overwrite=True)
     assert afresh["val_loss"] == summary["val_loss"]
+
+
+def test_a_resume_with_other_settings_says_which_and_keeps_the_file_before(tmp_path: Path) -> None:
+    """Twice, and not at all where nothing changed; beginning again removes them."""
+    folder, first = RunFolder(tmp_path / "tiny"), tiny_config(tmp_path)
+    other = tiny_config(tmp_path, "nsa.num_selected_blocks=3", "train.lr=0.01")
+    assert folder.begin(first, overwrite=False) == [] and folder.begin(first, overwrite=False) == []
+    assert folder.begin(other, overwrite=False) == [
+        f"nsa.num_selected_blocks: {first.nsa.num_selected_blocks} -> 3", f"train.lr: {first.train.lr} -> 0.01"
+    ]  # fmt: skip
+    assert len(folder.begin(first, overwrite=False)) == 2
+    kept = sorted(path.name for path in folder.path.glob("config_before_*.yaml"))
+    assert kept == ["config_before_1.yaml", "config_before_2.yaml"]
+    assert [(folder.path / name).read_text() for name in kept] == [first.to_yaml(), other.to_yaml()]
+    assert folder.config.read_text() == first.to_yaml()
+    assert folder.begin(other, overwrite=True) == [] and not list(folder.path.glob("config_before_*.yaml"))
