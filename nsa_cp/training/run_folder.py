@@ -63,7 +63,7 @@ class RunFolder:
         changes = []
         if self.config.is_file():
             before = self.config.read_text(encoding="utf-8")
-            changes = list(_differences(yaml.safe_load(before), yaml.safe_load(config.to_yaml())))
+            changes = list(_differences(_settings(before), _settings(config.to_yaml())))
             if changes:
                 write_atomically(self.path / f"config_before_{len(self._earlier_configs()) + 1}.yaml", before)
         write_atomically(self.config, config.to_yaml())
@@ -102,6 +102,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def _settings(text: str) -> dict[str, Any]:
+    """Of a config.yaml; none where somebody has made it something else."""
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError:
+        found = None
+    return found if isinstance(found, dict) else {}
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], section: str = "") -> Iterator[str]:

@@ -188,3 +188,6 @@ def test_a_resume_with_other_settings_says_which_and_keeps_the_file_before(tmp_p
     assert [(folder.path / name).read_text() for name in kept] == [first.to_yaml(), other.to_yaml()]
     assert folder.config.read_text() == first.to_yaml()
     assert folder.begin(other, overwrite=True) == [] and not list(folder.path.glob("config_before_*.yaml"))
+    for broken in ("", "[1", "3"):
+        folder.config.write_text(broken)
+        assert folder.begin(other, overwrite=False) and folder.config.read_text() == other.to_yaml()
