@@ -142,11 +142,16 @@ class NativeSparseAttention(nn.Module):
         gates = gate_logits.sigmoid()
         result = native_sparse_attention(
             q, k, v, gates, self.k_compressor.weights, self.v_compressor.weights, self.config,
-            rotary=self.rotary, layout=layout, group=self.cp_group, blocks=recall_selection(),
+            rotary=self.rotary, layout=layout, group=self.cp_group, blocks=self._given_blocks(q, k, layout),
         )  # fmt: skip
         remember_selection(result.blocks)
         self._record(result.blocks, gates.detach(), layout)
         return result.out
+
+    def _given_blocks(self, q: torch.Tensor, k: Sequence[torch.Tensor], layout: SequenceLayout) -> torch.Tensor | None:
+        """A selection int32 [T, G, n] to attend with; None: blocks are scored. Here that of a checkpoint's first run, if there is
+        one; subclasses choose in other ways."""
+        return recall_selection()
 
     @torch.no_grad()
     def _record(self, blocks: torch.Tensor, gates: torch.Tensor, layout: SequenceLayout) -> None:

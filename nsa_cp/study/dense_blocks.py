@@ -10,7 +10,7 @@ import torch
 from nsa_cp.attention import NativeSparseAttention
 from nsa_cp.config import NSAConfig, RotaryConfig
 from nsa_cp.context_parallel import SequenceLayout
-from nsa_cp.ops import compressed_attention, native_sparse_attention, select_blocks
+from nsa_cp.ops import compressed_attention, select_blocks
 from nsa_cp.ops.dispatch import accumulator_dtype
 from nsa_cp.ops.plan import get_layout_plan
 from nsa_cp.ops.rope import apply_rope, rotary_tables
@@ -23,22 +23,8 @@ class DenseBlockAttention(NativeSparseAttention):
     is lost by attending to few of them. One process; arguments are those of :class:`NativeSparseAttention`.
     """
 
-    def forward(
-        self,
-        q: torch.Tensor,
-        k: Sequence[torch.Tensor],
-        v: Sequence[torch.Tensor],
-        gate_logits: torch.Tensor,
-        layout: SequenceLayout,
-    ) -> torch.Tensor:
-        """As :meth:`NativeSparseAttention.forward`."""
-        gates = gate_logits.sigmoid()
-        result = native_sparse_attention(
-            q, k, v, gates, self.k_compressor.weights, self.v_compressor.weights, self.config,
-            rotary=self.rotary, layout=layout, blocks=dense_blocks(q, k[1 % len(k)], self.config, self.rotary, layout),
-        )  # fmt: skip
-        self._record(result.blocks, gates.detach(), layout)
-        return result.out
+    def _given_blocks(self, q: torch.Tensor, k: Sequence[torch.Tensor], layout: SequenceLayout) -> torch.Tensor:
+        return dense_blocks(q, k[1 % len(k)], self.config, self.rotary, layout)
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ import torch
 from nsa_cp.attention import NativeSparseAttention
 from nsa_cp.config import NSAConfig
 from nsa_cp.context_parallel import SequenceLayout
-from nsa_cp.ops import native_sparse_attention
 
 # Rows whose random scores are held at once.
 _ROWS_AT_ONCE = 8192
@@ -29,24 +28,10 @@ class RandomBlockAttention(NativeSparseAttention):
         self.seed, self.num_query_groups = seed, num_query_groups
         self._blocks: dict[SequenceLayout, torch.Tensor] = {}
 
-    def forward(
-        self,
-        q: torch.Tensor,
-        k: Sequence[torch.Tensor],
-        v: Sequence[torch.Tensor],
-        gate_logits: torch.Tensor,
-        layout: SequenceLayout,
-    ) -> torch.Tensor:
-        """As :meth:`NativeSparseAttention.forward`."""
+    def _given_blocks(self, q: torch.Tensor, k: Sequence[torch.Tensor], layout: SequenceLayout) -> torch.Tensor:
         if layout not in self._blocks:
             self._blocks[layout] = random_blocks(layout, self.config, self.num_query_groups, self.seed, q.device)
-        gates = gate_logits.sigmoid()
-        result = native_sparse_attention(
-            q, k, v, gates, self.k_compressor.weights, self.v_compressor.weights, self.config,
-            rotary=self.rotary, layout=layout, blocks=self._blocks[layout],
-        )  # fmt: skip
-        self._record(result.blocks, gates.detach(), layout)
-        return result.out
+        return self._blocks[layout]
 
 
 @lru_cache(maxsize=16)

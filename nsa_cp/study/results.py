@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +50,7 @@ def newest_table(records: Iterable[Record], scale: str) -> list[Record]:
 
 def current_runs(study: Study, records: Iterable[Record]) -> list[Record]:
     """Those whose model is what the study's arm of that name is now: definitions of arms change, and names stay."""
-    models = {arm.name: study.run(arm.name, study.lrs[0], study.seeds[0]).model for arm in study.arms}
-    wanted = {name: json.loads(json.dumps(asdict(model))) for name, model in models.items()}
+    wanted = {arm.name: study.run(arm.name, study.lrs[0], study.seeds[0]).as_dict()["model"] for arm in study.arms}
     return [record for record in records if record["settings"]["model"] == wanted.get(record["arm"])]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from nsa_cp.training.checkpoint import LATEST
 from nsa_cp.training.config import RunConfig
 from nsa_cp.training.errors import UserError
 from nsa_cp.training.files import write_atomically
@@ -43,7 +44,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; choose another name= or runs_dir=")
         if self.exists() and not resume and not overwrite:
-            go_on = "go on with --resume, " if (self.checkpoints / "latest").is_file() else "it has no checkpoint yet; "
+            go_on = "go on with --resume, " if (self.checkpoints / LATEST).is_file() else "it has no checkpoint yet; "
             raise UserError(f"run {self.path} exists; {go_on}begin again with --overwrite, or choose another name=")
 
     def begin(self, config: RunConfig, *, overwrite: bool) -> list[str]:
@@ -63,7 +64,7 @@ class RunFolder:
         changes = []
         if self.config.is_file():
             before = self.config.read_text(encoding="utf-8")
-            changes = list(_differences(_settings(before), _settings(config.to_yaml())))
+            changes = list(_differences(_settings(before), config.model_dump(mode="json")))
             if changes:
                 write_atomically(self.path / f"config_before_{len(self._earlier_configs()) + 1}.yaml", before)
         write_atomically(self.config, config.to_yaml())
