@@ -65,6 +65,9 @@ class NativeSparseAttention(nn.Module):
     each rank's gradients of them are its tokens' part: sum them over the group, as Megatron's DDP does, before the
     optimizer's step (``dist.all_reduce(parameter.grad, group=cp_group)``; an averaging DDP has to be undone).
 
+    With ``config.selected_dropout``, in training mode, each call draws from the device's default generator; ranks whose
+    generators are in the same state drop the same tokens of a sequence, however it is cut over them.
+
     Args:
         config: the method's settings.
         num_attention_heads: N, query heads here (those of one tensor-parallel rank).
@@ -77,7 +80,7 @@ class NativeSparseAttention(nn.Module):
     Attributes:
         last_metrics: detached scalars on the device, of the last forward: ``remote_block_fraction`` (chosen blocks with rows
             of another rank), ``remote_blocks_needed`` (blocks with rows of another rank that some local query chose; both see
-            ``remote_blocks``), ``gate_compressed``, ``gate_selected``, ``gate_window`` (means).
+            ``remote_blocks``), ``gate_compressed``, ``gate_selected``, ``gate_window`` (means, before any dropout).
         record_selection: set it to keep ``last_selection`` (int32 [T, G, n]) and ``last_gates`` [T, N or 1, 3].
 
     Raises:
@@ -141,12 +144,16 @@ class NativeSparseAttention(nn.Module):
             )
         gates = gate_logits.sigmoid()
         result = native_sparse_attention(
-            q, k, v, gates, self.k_compressor.weights, self.v_compressor.weights, self.config,
+            q, k, v, self._dropped(gates, layout), self.k_compressor.weights, self.v_compressor.weights, self.config,
             rotary=self.rotary, layout=layout, group=self.cp_group, blocks=self._given_blocks(q, k, layout),
         )  # fmt: skip
         remember_selection(result.blocks)
         self._record(result.blocks, gates.detach(), layout)
         return result.out
+
+    def _dropped(self, gates: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
+        probability = self.config.selected_dropout
+        return drop_selected(gates, layout, probability) if self.training and probability else gates
 
     def _given_blocks(self, q: torch.Tensor, k: Sequence[torch.Tensor], layout: SequenceLayout) -> torch.Tensor | None:
         """A selection int32 [T, G, n] to attend with; None: blocks are scored. Here that of a checkpoint's first run, if there is
@@ -172,6 +179,20 @@ def without_selected(gate_logits: torch.Tensor) -> torch.Tensor:
     """Gate logits [T, N or 1, 3] with -inf for the selected branch: its gate is then exactly 0 and gets no gradient."""
     compressed, selected, window = gate_logits.unbind(-1)
     return torch.stack([compressed, torch.full_like(selected, float("-inf")), window], -1)
+
+
+def drop_selected(gates: torch.Tensor, layout: SequenceLayout, probability: float) -> torch.Tensor:
+    """Gates [T, N or 1, 3] with the selected branch's set to 0, for all heads, in each token with ``probability``.
+
+    Nothing is scaled to make up for it: a token has the branch or does without, as in ``train.selected_from_step``. The whole
+    sequence's draws are made on every rank, of which each keeps those of its rows.
+    """
+    draws = torch.rand(layout.num_tokens, device=gates.device)
+    if layout.cp_size > 1:
+        draws = draws.index_select(0, get_layout_plan(layout, gates.device).local_rows)
+    factors = gates.new_ones(len(draws), 1, 3)
+    factors[:, 0, 1] = draws >= probability
+    return gates * factors
 
 
 def full_attention(

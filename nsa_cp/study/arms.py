@@ -51,6 +51,12 @@ ARMS = (
         tests_default=True,
     ),
     Arm(name="gate_branch", description="one gate a branch for all heads", nsa={"gate": "branch"}, tests_default=True),
+    Arm(
+        name="selected_dropout",
+        description="the selected branch switched off for half of the tokens in training",
+        nsa={"selected_dropout": 0.5},
+        tests_default=True,
+    ),
 )
 
 # For text, where it tells how much of what sparse attention lacks is lost in choosing.

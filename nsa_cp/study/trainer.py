@@ -84,6 +84,8 @@ class Trainer:
             OutOfTime: the deadline came first.
             CaptureFailed: CUDA graphs do not work here for this model; run again without, in a new process.
         """
+        # For what is dropped in training; weights and batches have generators of their own.
+        torch.manual_seed(self.settings.seed)
         started, first_step = time.perf_counter(), 0
         for number, stage in enumerate(self.settings.task.stages):
             self._train_stage(number, stage, first_step)

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
 
 from nsa_cp.context_parallel import count_traffic
 from nsa_cp.megatron import check_apex, close_selected_branches, open_selected_branches
@@ -254,6 +255,7 @@ def train_step(trainer: Trainer, source: SampleSource, progress: Progress, stop:
         UserError: the loss or the gradient is not finite.
     """
     train = trainer.config.train
+    _seed_draws(trainer.config.seed, progress.step)
     lr = learning_rate(progress.step, train)
     set_learning_rate(trainer.optimizer, lr, train.weight_decay)
     for chunk in trainer.wrapped:
@@ -293,6 +295,15 @@ def train_step(trainer: Trainer, source: SampleSource, progress: Progress, stop:
         "consumed_samples": progress.consumed_samples,
         **row,
     }
+
+
+def _seed_draws(seed: int, step: int) -> None:
+    """What a step draws (``nsa.selected_dropout``) follows from seed, step, pipeline stage and data-parallel rank alone: a
+    resumed run draws as the uncut one, and tensor- and context-parallel ranks draw alike."""
+    stage, dp_rank = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_data_parallel_rank()
+    own = int(np.random.SeedSequence([seed, step, stage, dp_rank]).generate_state(1)[0])
+    torch.manual_seed(own)
+    tensor_parallel.model_parallel_cuda_manual_seed(own)
 
 
 def _save(trainer: Trainer, folder: RunFolder, progress: Progress) -> None:
