@@ -61,12 +61,20 @@ class Compressor(nn.Module):
 class NativeSparseAttention(nn.Module):
     """Native Sparse Attention (arXiv 2502.11089) without projections; holds the compressors' parameters.
 
+    ::
+
+        attention = NativeSparseAttention(
+            NSAConfig(), num_attention_heads=64, num_query_groups=4, qk_dim=128, rotary=RotaryConfig()
+        ).cuda()
+        layout = SequenceLayout.build(8192)  # one sequence on one process
+        out = attention(q, (k_cmp, k_slc, k_win), (v_cmp, v_slc, v_win), gate_logits, layout)
+
     Under context parallelism the parameters are the same on all ranks of ``cp_group`` (draw them from equal generators), and
     each rank's gradients of them are its tokens' part: sum them over the group, as Megatron's DDP does, before the
     optimizer's step (``dist.all_reduce(parameter.grad, group=cp_group)``; an averaging DDP has to be undone).
 
-    With ``config.selected_dropout``, in training mode, each call draws from the device's default generator; ranks whose
-    generators are in the same state drop the same tokens of a sequence, however it is cut over them.
+    With ``selected_dropout``, in training mode, each call draws from the device's default generator; ranks whose generators
+    are in the same state drop the same tokens of a sequence, however it is cut over them.
 
     Args:
         config: the method's settings.
@@ -81,7 +89,11 @@ class NativeSparseAttention(nn.Module):
         last_metrics: detached scalars on the device, of the last forward: ``remote_block_fraction`` (chosen blocks with rows
             of another rank), ``remote_blocks_needed`` (blocks with rows of another rank that some local query chose; both see
             ``remote_blocks``), ``gate_compressed``, ``gate_selected``, ``gate_window`` (means, before any dropout).
-        record_selection: set it to keep ``last_selection`` (int32 [T, G, n]) and ``last_gates`` [T, N or 1, 3].
+        selected_dropout: fraction of tokens whose selected branch is switched off in training mode, so that the compressed
+            branch, by whose scores blocks are chosen, has to learn too (not in the paper). Set it, to a number in [0, 1] or
+            to a scalar tensor on the device, which may be written to between steps. Recompute has to restore the generator.
+        record_selection: set it to keep ``last_selection`` (int32 [T, G, n]) and ``last_gates`` [T, N or 1, 3], before any
+            dropout.
 
     Raises:
         ValueError: heads not a multiple of groups.
@@ -111,6 +123,7 @@ class NativeSparseAttention(nn.Module):
         factory = {"generator": generator, "device": device, "dtype": dtype}
         self.k_compressor = Compressor(config, num_query_groups, qk_dim, **factory)
         self.v_compressor = Compressor(config, num_query_groups, qk_dim if v_dim is None else v_dim, **factory)
+        self.selected_dropout: torch.Tensor | float = 0.0
         self.record_selection = False
         self.last_metrics: dict[str, torch.Tensor] = {}
         self.last_selection: torch.Tensor | None = None
@@ -151,9 +164,13 @@ class NativeSparseAttention(nn.Module):
         self._record(result.blocks, gates.detach(), layout)
         return result.out
 
+    @property
+    def drops_selected(self) -> bool:
+        """Whether calls draw tokens whose selected branch is switched off."""
+        return self.training and (isinstance(self.selected_dropout, torch.Tensor) or self.selected_dropout > 0)
+
     def _dropped(self, gates: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
-        probability = self.config.selected_dropout
-        return drop_selected(gates, layout, probability) if self.training and probability else gates
+        return drop_selected(gates, layout, self.selected_dropout) if self.drops_selected else gates
 
     def _given_blocks(self, q: torch.Tensor, k: Sequence[torch.Tensor], layout: SequenceLayout) -> torch.Tensor | None:
         """A selection int32 [T, G, n] to attend with; None: blocks are scored. Here that of a checkpoint's first run, if there is
@@ -181,13 +198,13 @@ def without_selected(gate_logits: torch.Tensor) -> torch.Tensor:
     return torch.stack([compressed, torch.full_like(selected, float("-inf")), window], -1)
 
 
-def drop_selected(gates: torch.Tensor, layout: SequenceLayout, probability: float) -> torch.Tensor:
+def drop_selected(gates: torch.Tensor, layout: SequenceLayout, probability: torch.Tensor | float) -> torch.Tensor:
     """Gates [T, N or 1, 3] with the selected branch's set to 0, for all heads, in each token with ``probability``.
 
-    Nothing is scaled to make up for it: a token has the branch or does without, as in ``train.selected_from_step``. The whole
-    sequence's draws are made on every rank, of which each keeps those of its rows.
+    Nothing is scaled to make up for it: a token has the branch or does without. The whole sequence's draws are made on every
+    rank, of which each keeps those of its rows.
     """
-    draws = torch.rand(layout.num_tokens, device=gates.device)
+    draws = torch.rand(layout.num_tokens, device=gates.device, dtype=torch.float32)
     if layout.cp_size > 1:
         draws = draws.index_select(0, get_layout_plan(layout, gates.device).local_rows)
     factors = gates.new_ones(len(draws), 1, 3)

@@ -30,8 +30,6 @@ class NSAConfig:
         compressed_rope: rotate the compressed key at its first token's position (``after`` compression), or compress
             rotated keys (``before``).
         gate: one gate for each query ``head`` and branch, or one for each token and ``branch``.
-        selected_dropout: fraction of tokens whose selected branch is switched off in training, drawn anew in every call, so that
-            the compressed branch, by whose scores blocks are chosen, has to learn too (not in the paper).
         layout: how a sequence is cut over context-parallel ranks.
         compressed_comm: how compressed keys and values travel: one ``all_gather`` behind the window branch, or a ``ring``
             that the compressed branch follows shard by shard.
@@ -52,7 +50,6 @@ class NSAConfig:
     shared_kv: bool = False
     compressed_rope: CompressedRope = "after"
     gate: GateGranularity = "head"
-    selected_dropout: float = 0.0
     layout: LayoutKind = "zigzag"
     compressed_comm: CompressedComm = "all_gather"
     backend: Backend = "auto"
@@ -76,8 +73,6 @@ class NSAConfig:
                 f"num_selected_blocks = {n} is smaller than num_init_blocks + num_local_blocks = "
                 f"{self.num_init_blocks} + {self.num_local_blocks}; use at least {self.num_init_blocks + self.num_local_blocks}"
             )
-        if not 0 <= self.selected_dropout < 1:
-            raise ValueError(f"selected_dropout = {self.selected_dropout} must lie in [0, 1)")
         _check_choice("compressor", self.compressor, Compressor)
         _check_choice("compressed_rope", self.compressed_rope, CompressedRope)
         _check_choice("gate", self.gate, GateGranularity)

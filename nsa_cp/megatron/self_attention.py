@@ -249,7 +249,7 @@ class NSASelfAttention(MegatronModule):
 
     def _generator_of_all_ranks(self) -> AbstractContextManager[None]:
         """For dropout: not the generator of one tensor-parallel rank, which Megatron sets under sequence parallelism."""
-        if not (self.training and self.settings.nsa.selected_dropout):
+        if not self.core_attention.drops_selected:
             return nullcontext()
         return tensor_parallel.get_cuda_rng_tracker().fork(tensor_parallel.get_data_parallel_rng_tracker_name())
 

@@ -52,9 +52,9 @@ ARMS = (
     ),
     Arm(name="gate_branch", description="one gate a branch for all heads", nsa={"gate": "branch"}, tests_default=True),
     Arm(
-        name="selected_dropout",
-        description="the selected branch switched off for half of the tokens in training",
-        nsa={"selected_dropout": 0.5},
+        name="gradual_opening",
+        description="the selected branch switched off for fewer and fewer of the tokens in training",
+        model={"selected_opening": 0.8},
         tests_default=True,
     ),
 )
@@ -73,7 +73,7 @@ def late_arms(stage: int) -> tuple[Arm, ...]:
     return (
         Arm(
             name="late_selection",
-            description="the selected branch closed in the stages before the tested length",
+            description="the selected branch closed in the first stages of training",
             model=late,
             tests_default=True,
         ),

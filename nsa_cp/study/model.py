@@ -40,6 +40,8 @@ class ModelSettings:
             where there is one of them.
         selected_from: stage of training from which the selected branch is open. Before, its gate is exactly 0; when it opens,
             its key and value projections are set to the window's.
+        selected_opening: fraction of training's steps over which the selected branch opens gradually: it is switched off for a
+            part of the tokens that falls from all to none.
     """
 
     vocab_size: int
@@ -55,6 +57,7 @@ class ModelSettings:
     shift: bool = False
     equal_start: bool = True
     selected_from: int = 0
+    selected_opening: float = 0.0
     nsa: NSAConfig = field(default_factory=NSAConfig)
     rotary: RotaryConfig = field(default_factory=RotaryConfig)
 

@@ -140,7 +140,7 @@ def _arms_table(study: Study, results: dict[str, ArmResult]) -> Iterator[str]:
 
 
 def _claims(study: Study, results: dict[str, ArmResult]) -> Iterator[str]:
-    yield "## Claims, set down before the runs"
+    yield "## Claims"
     yield ""
     for claim in study.claims:
         bound = f"{claim.margin:.1%} of it" if claim.relative else f"{100 * claim.margin:g} points"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -64,7 +64,7 @@ class RunSettings:
         if m.attention == "full":
             return ""
         heads = m.num_attention_heads // m.num_query_groups
-        return repr((m.attention, m.selection, heads, m.kv_channels, replace(m.nsa, selected_dropout=0.0), self.train.precision))
+        return repr((m.attention, m.selection, heads, m.kv_channels, m.nsa, self.train.precision))
 
     def as_dict(self) -> dict[str, Any]:
         """All settings as JSON values."""

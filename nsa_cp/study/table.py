@@ -15,7 +15,7 @@ from nsa_cp.study.task import Task
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """ "No worse than full attention by more than ``margin``", set down before any run.
+    """ "No worse than full attention by more than ``margin``".
 
     Args:
         metric: of the test figures.

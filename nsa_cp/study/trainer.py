@@ -72,6 +72,12 @@ class Trainer:
         self._on_warm, self._on_point = on_warm, on_point
         self.model = Decoder(settings.model, settings.seed).to(device)
         self.optimizer = self._make_optimizer()
+        # A tensor, like the learning rate, for the sake of graphs.
+        self._dropout = torch.ones((), device=device)
+        if settings.model.selected_opening:
+            for attention in self.model.attentions:
+                assert attention.core is not None, "nothing to open"
+                attention.core.selected_dropout = self._dropout
         self.dtype = getattr(torch, settings.train.precision)
         self.total_steps = sum(stage.steps for stage in settings.task.stages)
         self.curve: list[dict[str, Any]] = []
@@ -110,6 +116,7 @@ class Trainer:
         logged, train = 0, self.settings.train
         for index, batch in enumerate(self._batches(number, stage)):
             self._set_learning_rate(first_step + index)
+            self._set_dropout(first_step + index)
             losses[index] = step(batch)
             self.steps_taken += 1
             done = index + 1
@@ -151,6 +158,11 @@ class Trainer:
         # A graph replays the addresses it saw: the rate must be a tensor that is written to.
         lr = torch.tensor(self.settings.lr, device=self.device) if self.use_graph else self.settings.lr
         return torch.optim.AdamW(groups, lr=lr, betas=train.betas, fused=True, capturable=self.use_graph)
+
+    def _set_dropout(self, step: int) -> None:
+        opening = self.settings.model.selected_opening * self.total_steps
+        if opening:
+            self._dropout.fill_(max(0.0, 1 - step / opening))
 
     def _set_learning_rate(self, step: int) -> None:
         rate = learning_rate(step, self.total_steps, self.settings)

@@ -96,21 +96,50 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_compatible(manifest: dict[str, Any], config: RunConfig, path: Path) -> None:
+def check_compatible(manifest: dict[str, Any], config: RunConfig, path: Path, *, same_data: bool) -> None:
     """Refuse a checkpoint whose weights or optimizer state do not fit the run.
 
+    Args:
+        same_data: also refuse another order of the data, on which a resumed run would repeat text, skip it, or train on what
+            was held out. Paths may change, since data moves.
+
     Raises:
-        UserError: naming the first setting that differs, with both values.
+        UserError: naming all settings that differ, with both values.
     """
-    pairs = [(f"model shape {key}", manifest["model"].get(key), value) for key, value in config.model_shape().items()]
+    pairs = [*_shape_pairs(manifest["model"], config.model_shape())]
     pairs += [(key, manifest["optimizer"].get(key), value) for key, value in _optimizer_kind(config).items()]
-    _refuse_differences(pairs, path)
+    if same_data:
+        names = ("kind", "sequence_length", "validation_fraction")
+        pairs.append(("seed", manifest["seed"], config.seed))
+        pairs += [(f"data.{name}", manifest["data"].get(name), getattr(config.data, name)) for name in names]
+    _refuse_differences([pair for pair in pairs if pair[1] != pair[2]], path)
     if manifest["step"] > config.train.steps:
         raise UserError(
             f"checkpoint {path} is at step {manifest['step']}, beyond train.steps = {config.train.steps}; "
             f"raise train.steps to go on"
         )
     _check_selected_branch(manifest, config, path)
+
+
+def _shape_pairs(saved: dict[str, Any], wanted: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """What both model shapes have: a setting that only one has (of a compressor, of NSA) goes with one that differs."""
+    for key in (key for key in wanted if key in saved and key != "layer_pattern"):
+        yield f"model shape {key}", saved[key], wanted[key]
+    pairs = zip(saved["layer_pattern"], wanted["layer_pattern"], strict=False)
+    if any(a != b for a, b in pairs):
+        yield "model shape layer_pattern", saved["layer_pattern"], wanted["layer_pattern"]
+
+
+def _refuse_differences(differing: Sequence[tuple[str, Any, Any]], path: Path) -> None:
+    if not differing:
+        return
+    written = ", ".join(f"{name} = {saved}" for name, saved, _ in differing)
+    alone = len(differing) == 1
+    given = differing[0][2] if alone else ", ".join(f"{name} = {wanted}" for name, _, wanted in differing)
+    raise UserError(
+        f"checkpoint {path} was written with {written}, but the configuration has {given}; "
+        f"resume with {differing[0][1] if alone else 'the former'}, or give the run another name to start afresh"
+    )
 
 
 def _check_selected_branch(manifest: dict[str, Any], config: RunConfig, path: Path) -> None:
@@ -123,28 +152,6 @@ def _check_selected_branch(manifest: dict[str, Any], config: RunConfig, path: Pa
             f"{_STATES[was_closed]}, but with {wanted} it would be {_STATES[now]} there; use {saved}"
             + (f", or {step} to open it now" if was_closed else "")
         )
-
-
-def check_same_data(manifest: dict[str, Any], config: RunConfig, path: Path) -> None:
-    """Refuse to resume on another order of the data: a run would repeat text, skip it, or train on what was held out.
-
-    Paths may change, since data moves.
-
-    Raises:
-        UserError: naming the first setting that differs, with both values.
-    """
-    names = ("kind", "sequence_length", "validation_fraction")
-    pairs = [(f"data.{name}", manifest["data"].get(name), getattr(config.data, name)) for name in names]
-    _refuse_differences([("seed", manifest["seed"], config.seed), *pairs], path)
-
-
-def _refuse_differences(pairs: Sequence[tuple[str, Any, Any]], path: Path) -> None:
-    for name, saved, wanted in pairs:
-        if saved != wanted:
-            raise UserError(
-                f"checkpoint {path} was written with {name} = {saved}, but the configuration has {wanted}; "
-                f"resume with {saved}, or give the run another name to start afresh"
-            )
 
 
 def _optimizer_kind(config: RunConfig) -> dict[str, Any]:

@@ -39,9 +39,7 @@ class ModelSection(Section):
     ffn_hidden_size: Positive | None = Field(None, description="width of the gated MLP, channels; default 3 * hidden_size")
     num_attention_heads: Positive = Field(8, description="query heads")
     num_query_groups: Positive = Field(2, description="key/value heads; must divide num_attention_heads")
-    kv_channels: Positive | None = Field(
-        None, description="width of a query/key head; default hidden_size / num_attention_heads"
-    )
+    kv_channels: Positive | None = Field(None, description="width of a query/key head; default hidden_size / num_attention_heads")
     v_channels: Positive | None = Field(None, description="width of a value head; default kv_channels")
     layer_pattern: Annotated[list[LayerKind], Field(min_length=1)] = Field(
         ["nsa"], description="attention of each layer, repeated until num_layers is reached"
@@ -74,9 +72,7 @@ class ParallelSection(Section):
     context: Positive = Field(1, description="context-parallel processes: the sequence is cut over them")
     sequence_parallel: bool = Field(False, description="shard the norms' activations over the tensor-parallel processes")
     distributed_optimizer: bool = Field(False, description="shard the optimizer's state over the data-parallel processes")
-    timeout_minutes: Annotated[float, Field(gt=0)] = Field(
-        30.0, description="how long a collective may wait for other processes"
-    )
+    timeout_minutes: Annotated[float, Field(gt=0)] = Field(30.0, description="how long a collective may wait for other processes")
 
 
 class DataSection(Section):
@@ -96,9 +92,7 @@ class DataSection(Section):
     vocab_file: str | None = Field(
         None, description="kind indexed, instead of vocab_size: JSON object token -> id, or a text file of one token a line"
     )
-    end_of_document: NotNegative | None = Field(
-        None, description="kind indexed: token id after which no next token is predicted"
-    )
+    end_of_document: NotNegative | None = Field(None, description="kind indexed: token id after which no next token is predicted")
     bytes_per_token: Annotated[float, Field(gt=0)] = Field(
         1.0, description="kind indexed: mean UTF-8 bytes of one token, to state losses in bits per byte"
     )
@@ -126,11 +120,20 @@ class TrainSection(Section):
         description="steps before which NSA's selected branch is closed (its gate is 0); it opens with the window's key and "
         "value projections; 0: open from the start",
     )
+    selected_opening_steps: NotNegative = Field(
+        0,
+        description="steps over which NSA's selected branch opens gradually: in training it is switched off for a part of the "
+        "tokens that falls from all to none; 0: open from the start",
+    )
     log_interval: Positive = Field(1, description="steps between printed lines")
     eval_interval: NotNegative = Field(100, description="steps between validations; 0 validates only at the end")
     eval_sequences: Positive = Field(8, description="validation sequences, always the same ones")
     checkpoint_interval: NotNegative = Field(0, description="steps between checkpoints; 0 saves only at the end")
     keep_checkpoints: Positive = Field(2, description="newest checkpoints that are kept")
+
+    def selected_dropout(self, step: int) -> float:
+        """Fraction of tokens whose selected branch is off in the step that follows ``step`` optimizer steps."""
+        return max(0.0, 1 - step / self.selected_opening_steps) if self.selected_opening_steps else 0.0
 
     def selected_is_closed(self, step: int) -> bool:
         """Whether a model after ``step`` optimizer steps has NSA's selected branch closed. It opens as the next step begins, so

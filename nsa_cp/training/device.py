@@ -26,9 +26,7 @@ def restrict_devices(wanted: str) -> str | None:
         return None
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if wanted == "auto" and gpus:
-        return (
-            f"{processes} processes on this machine share {gpus} GPU: training on the CPU; start at most {gpus} to use the GPU"
-        )
+        return f"{processes} processes on this machine share {gpus} GPU: training on the CPU; start at most {gpus} to use the GPU"
     return None
 
 

@@ -120,9 +120,7 @@ def check_index(prefix: str, vocab_size: int) -> None:
     lengths = np.fromfile(idx, dtype=np.int32, count=sequences, offset=_HEADER.size)
     size = int(lengths.sum(dtype=np.int64)) * dtype.itemsize
     if bin_.stat().st_size < size:
-        raise UserError(
-            f"data file {bin_} is truncated: {bin_.stat().st_size} bytes where its index says {size}; build it again"
-        )
+        raise UserError(f"data file {bin_} is truncated: {bin_.stat().st_size} bytes where its index says {size}; build it again")
     first = np.fromfile(bin_, dtype=dtype, count=min(_TOKENS_CHECKED, size // dtype.itemsize))
     _check_ids(first, vocab_size, prefix)
 

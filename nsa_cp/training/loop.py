@@ -19,11 +19,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from nsa_cp.context_parallel import count_traffic
-from nsa_cp.megatron import check_apex, close_selected_branches, open_selected_branches
+from nsa_cp.megatron import check_apex, close_selected_branches, open_selected_branches, set_selected_dropout
 from nsa_cp.training import plots
 from nsa_cp.training.checkpoint import (
     check_compatible,
-    check_same_data,
     find_latest,
     load_checkpoint,
     read_manifest,
@@ -133,8 +132,7 @@ def prepare(config: RunConfig, *, resume: bool = False, overwrite: bool = False,
     if resume:
         path = find_latest(folder.checkpoints)
         manifest = read_manifest(path)
-        check_compatible(manifest, config, path)
-        check_same_data(manifest, config, path)
+        check_compatible(manifest, config, path, same_data=True)
         plan.checkpoint = (path, manifest)
     return plan
 
@@ -255,7 +253,10 @@ def train_step(trainer: Trainer, source: SampleSource, progress: Progress, stop:
         UserError: the loss or the gradient is not finite.
     """
     train = trainer.config.train
-    _seed_draws(trainer.config.seed, progress.step)
+    dropout = train.selected_dropout(progress.step)
+    set_selected_dropout(trainer.chunks, dropout)
+    if dropout:
+        _seed_draws(trainer.config.seed, progress.step)
     lr = learning_rate(progress.step, train)
     set_learning_rate(trainer.optimizer, lr, train.weight_decay)
     for chunk in trainer.wrapped:
@@ -298,8 +299,8 @@ def train_step(trainer: Trainer, source: SampleSource, progress: Progress, stop:
 
 
 def _seed_draws(seed: int, step: int) -> None:
-    """What a step draws (``nsa.selected_dropout``) follows from seed, step, pipeline stage and data-parallel rank alone: a
-    resumed run draws as the uncut one, and tensor- and context-parallel ranks draw alike."""
+    """What a step draws (``train.selected_opening_steps``) follows from seed, step, pipeline stage and data-parallel rank
+    alone: a resumed run draws as the uncut one, and tensor- and context-parallel ranks draw alike."""
     stage, dp_rank = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_data_parallel_rank()
     own = int(np.random.SeedSequence([seed, step, stage, dp_rank]).generate_state(1)[0])
     torch.manual_seed(own)
@@ -407,7 +408,7 @@ def evaluate(config: RunConfig, checkpoint: Path | None = None) -> dict[str, Any
     plan = prepare(config, for_training=False)
     path = checkpoint or find_latest(plan.folder.checkpoints)
     manifest = read_manifest(path)
-    check_compatible(manifest, plan.config, path)
+    check_compatible(manifest, plan.config, path, same_data=False)
     with processes(plan):
         trainer = build_trainer(plan.config, plan.device, for_training=False)
         load_checkpoint(path, trainer.chunks, None, manifest=manifest)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -170,13 +169,15 @@ def test_tokens_that_drop_the_selected_branch_do_without_it() -> None:
     q, k, v, logits = _module_inputs(96)
     layout, module = SequenceLayout.build(96), _module()
     everywhere, nowhere = module(q, k, v, logits, layout), module(q, k, v, without_selected(logits), layout)
-    module.config = replace(CONFIG, selected_dropout=0.4)
+    module.selected_dropout = 0.4
     torch.manual_seed(5)
     out = module(q, k, v, logits, layout)
     dropped = (out == nowhere).flatten(1).all(1)
     assert torch.equal(out[~dropped], everywhere[~dropped]) and 0.2 < float(dropped.double().mean()) < 0.6
     assert float(module.last_metrics["gate_selected"]) == pytest.approx(float(logits.sigmoid()[..., 1].mean()), rel=1e-6)
     assert not torch.equal(module(q, k, v, logits, layout), out), "each call draws anew"
+    module.selected_dropout = torch.ones(())
+    assert torch.equal(module(q, k, v, logits, layout), nowhere)
     assert torch.equal(module.eval()(q, k, v, logits, layout), everywhere)
 
 

@@ -161,3 +161,11 @@ def test_runs_wait_while_another_compiles_their_kernels(tmp_path: Path) -> None:
     table._take(started[2], ("no_graph", "why"))
     again = table._next()
     assert again.settings == started[2].settings and not again.use_graph and started[0].use_graph
+
+
+@pytest.mark.parametrize("name", ["mqar", "passkey"])
+def test_the_published_runs_are_of_todays_table(name: str) -> None:
+    """A change of an arm or of the settings orphans them: make them again, or take them out."""
+    path = Path(__file__).parents[2] / "docs" / "learning" / f"{name}.jsonl"
+    table, records = build_study(name, "full"), RunStore(path).load().values()
+    assert records and all(record["run"] == table.run(record["arm"], record["lr"], record["seed"]).run_id for record in records)

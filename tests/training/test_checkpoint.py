@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from training_harness import snapshot, tiny_config, train_here
 
 from nsa_cp.testing import DistributedPool
-from nsa_cp.training.checkpoint import MANIFEST, find_latest, read_manifest
+from nsa_cp.training.checkpoint import MANIFEST, check_compatible, find_latest, read_manifest
 from nsa_cp.training.config import RunConfig
 from nsa_cp.training.errors import UserError
 from nsa_cp.training.loop import prepare
@@ -117,6 +118,25 @@ def test_no_checkpoint(run: RunConfig) -> None:
 )
 def test_another_model_or_order_of_data_is_refused_with_both_numbers(run: RunConfig, override: str, pattern: str) -> None:
     refuse(changed(run, override), pattern)
+
+
+def test_all_settings_that_differ_are_named_at_once(run: RunConfig) -> None:
+    both = "model shape hidden_size = {}, model shape nsa.compressor = {}"
+    pattern = f"written with {both}, but the configuration has {both}; resume with the former".format(24, "mlp", 48, "mean")
+    refuse(changed(run, "model.hidden_size=48", "nsa.compressor=mean"), pattern)
+    refuse(changed(run, "nsa.gate=branch", "seed=4321", "train.dtype=bf16"), "nsa.gate = head, train.dtype = fp32, seed = ")
+
+
+def test_settings_that_the_checkpoint_does_not_have_are_not_named(run: RunConfig) -> None:
+    plan = prepare(run, resume=True)
+    path, manifest = plan.checkpoint
+    shape = {key: value for key, value in manifest["model"].items() if not key.startswith("nsa.")}
+    manifest = {**manifest, "model": {**shape, "layer_pattern": ["full", "full"]}}
+    pattern = re.escape("model shape layer_pattern = ['full', 'full'], but the configuration has ['nsa', 'nsa']; resume with [")
+    with pytest.raises(UserError, match=f"written with {pattern}"):
+        check_compatible(manifest, plan.config, path, same_data=True)
+    longer = changed(run, "model.num_layers=3", "model.layer_pattern=[full, nsa, nsa]")
+    refuse(longer, "num_layers = 2, model shape layer_pattern = .* num_layers = 3, model shape layer_pattern = ")
 
 
 def test_a_run_shorter_than_its_checkpoint(run: RunConfig) -> None:

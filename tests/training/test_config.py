@@ -157,7 +157,22 @@ REFUSED = {
     "nothing to open": (
         ["train.selected_from_step=9", "model.layer_pattern=[full, window]"],
         "train.selected_from_step",
-        r"9 closes .* model.layer_pattern = \['full', 'window'\] has none; set it to 0",
+        r"9 is about .* model.layer_pattern = \['full', 'window'\] has none; set it to 0",
+    ),
+    "nothing to open gradually": (
+        ["train.selected_opening_steps=9", "model.layer_pattern=[full]"],
+        "train.selected_opening_steps",
+        r"9 is about .* model.layer_pattern = \['full'\] has none; set it to 0",
+    ),
+    "opens gradually beyond the run": (
+        ["train.selected_opening_steps=301"],
+        "train.selected_opening_steps",
+        "301 is larger than train.steps = 300; use at most 300",
+    ),
+    "opens late and gradually": (
+        ["train.selected_opening_steps=9", "train.selected_from_step=8"],
+        "train.selected_opening_steps",
+        "9 and train.selected_from_step = 8 exclude each other; set one to 0",
     ),
     "opens with an untrained window": (
         ["train.selected_from_step=9", "nsa.window_size=0"],
@@ -278,9 +293,7 @@ def test_every_field_has_a_description() -> None:
 def test_model_shape_ignores_what_weights_do_not_depend_on() -> None:
     base = build_config({}).model_shape()
     assert (
-        build_config(
-            {}, ["nsa.window_size=64", "nsa.num_selected_blocks=9", "parallel.context=2", "train.lr=0.1"]
-        ).model_shape()
+        build_config({}, ["nsa.window_size=64", "nsa.num_selected_blocks=9", "parallel.context=2", "train.lr=0.1"]).model_shape()
         == base
     )
     assert build_config({}, ["model.layer_pattern=[nsa, nsa]"]).model_shape() == base

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from training_harness import metrics, snapshot, tiny_config, train_here
+from training_harness import evaluate_here, metrics, snapshot, tiny_config, train_here
 
 from nsa_cp.testing import DistributedPool
 from nsa_cp.training.config import RunConfig, TrainSection
@@ -37,14 +37,6 @@ def printed(rank: int, world_size: int, config: RunConfig, resume: bool = False)
     with warnings.catch_warnings(), cpu_compatibility(), contextlib.redirect_stdout(io.StringIO()) as stream:
         train(config, resume=resume)
     return [line for line in stream.getvalue().splitlines() if "selected branch" in line]
-
-
-def evaluate_here(rank: int, world_size: int, config: RunConfig, step: int) -> float:
-    """Validation loss of the checkpoint after ``step`` steps."""
-    from nsa_cp.megatron import cpu_compatibility
-
-    with warnings.catch_warnings(), cpu_compatibility():
-        return evaluate(config, config.run_dir / "checkpoints" / f"step_{step:08d}")["val_loss"]
 
 
 def test_closed_up_to_and_with_the_step() -> None:

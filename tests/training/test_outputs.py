@@ -44,9 +44,7 @@ def outputs(rank: int, world_size: int, config: RunConfig) -> dict[str, object]:
             "long": generate(trainer, list(range(60)), 8, temperature=0),
             "unprompted": generate(trainer, [], 2, temperature=0),
             "choices": collect_choices(trainer, source),
-            "recording": [
-                module.record_selection or module.last_selection is not None for module in attention_modules(trainer)
-            ],
+            "recording": [module.record_selection or module.last_selection is not None for module in attention_modules(trainer)],
             "parameters": trainer.num_parameters,
         }
         if world_size == 1:
@@ -115,9 +113,7 @@ def test_raster_by_hand() -> None:
         num_local_blocks=2,
         window_size=1,
     )
-    selection = np.array(
-        [[0, -1, -1, -1]] * 2 + [[0, 1, -1, -1]] * 2 + [[0, 1, 2, -1]] * 2 + [[0, 1, 2, 3]] * 2 + [[0, 2, 3, 4]]
-    )
+    selection = np.array([[0, -1, -1, -1]] * 2 + [[0, 1, -1, -1]] * 2 + [[0, 1, 2, -1]] * 2 + [[0, 1, 2, 3]] * 2 + [[0, 2, 3, 4]])
     expected = np.array(
         [[1, 0, 0, 0, 0]] * 2 + [[1, 1, 0, 0, 0]] * 2 + [[1, 1, 1, 0, 0]] * 2 + [[1, 2, 1, 1, 0]] * 2 + [[1, 0, 2, 1, 1]]
     )

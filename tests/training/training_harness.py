@@ -50,6 +50,15 @@ def train_here(
         return train(config, resume=resume, overwrite=overwrite)
 
 
+def evaluate_here(rank: int, world_size: int, config: RunConfig, step: int) -> float:
+    """Validation loss of the checkpoint after ``step`` steps."""
+    from nsa_cp.megatron import cpu_compatibility
+    from nsa_cp.training.loop import evaluate
+
+    with warnings.catch_warnings(), cpu_compatibility():
+        return evaluate(config, config.run_dir / "checkpoints" / f"step_{step:08d}")["val_loss"]
+
+
 def metrics(config: RunConfig, *names: str) -> list[tuple[Any, ...]]:
     """Columns of a run's metrics.jsonl, one tuple a step."""
     rows = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
