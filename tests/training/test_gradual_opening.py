@@ -21,6 +21,12 @@ COLUMNS = ("step", "loss", "grad_norm", "gate_selected", "val_loss")
 GRADUAL = "train.selected_opening_steps=4"
 
 
+def close(actual: list[tuple[Any, ...]], expected: list[tuple[Any, ...]]) -> None:
+    for row, other in zip(actual, expected, strict=True):
+        for value, wanted in zip(row, other, strict=True):
+            assert value == (None if wanted is None else pytest.approx(wanted, rel=2e-5)), (row, other)
+
+
 def test_the_part_dropped_falls_from_all_to_none() -> None:
     assert [TrainSection(selected_opening_steps=4).selected_dropout(step) for step in range(6)] == [1, 0.75, 0.5, 0.25, 0, 0]
     assert TrainSection().selected_dropout(0) == 0
@@ -70,29 +76,25 @@ def test_validation_drops_nothing(tmp_path: Path, workers: Workers) -> None:
     assert workers(1).run(evaluate_here, config, 1) == [metrics(config, "val_loss")[0][0]]
 
 
-@pytest.mark.parametrize(
-    ("world", "overrides"),
-    [
-        (2, ["parallel.context=2"]),
-        (4, ["parallel.context=2", "parallel.tensor=2", "parallel.sequence_parallel=true", "train.recompute=full"]),
-    ],
-    ids=["cp2", "tp2-sp-cp2-full-recompute"],
-)
-def test_layouts_and_recompute_drop_the_same_tokens_and_so_does_a_resumed_run(
-    tmp_path: Path, workers: Workers, one_process: list[tuple[Any, ...]], world: int, overrides: list[str]
+def test_layouts_and_recompute_drop_the_same_tokens(tmp_path: Path, workers: Workers, one_process: list[tuple[Any, ...]]) -> None:
+    parallel = ("parallel.context=2", "parallel.tensor=2", "parallel.sequence_parallel=true", "train.recompute=full")
+    config = tiny_config(tmp_path, GRADUAL, *parallel)
+    workers(4).run(train_here, config)
+    close(metrics(config, *COLUMNS), one_process)
+
+
+def test_a_resumed_run_drops_what_the_uncut_one_does(
+    tmp_path: Path, workers: Workers, one_process: list[tuple[Any, ...]]
 ) -> None:
-    config = tiny_config(tmp_path, GRADUAL, *overrides)
-    workers(world).run(train_here, config)
+    config = tiny_config(tmp_path, GRADUAL, "parallel.context=2")
+    workers(2).run(train_here, config)
     uncut = metrics(config, *COLUMNS)
-    for row, alone in zip(uncut, one_process, strict=True):
-        for value, wanted in zip(row, alone, strict=True):
-            assert value == (None if wanted is None else pytest.approx(wanted, rel=2e-5)), (row, alone)
+    close(uncut, one_process)
     latest = config.run_dir / "checkpoints" / "latest"
     latest.write_text("step_00000002\n")
-    workers(world).run(train_here, config, resume=True)
+    workers(2).run(train_here, config, resume=True)
     assert metrics(config, *COLUMNS) == uncut
     # One process has no random states of that layout to go on from: its draws follow from the step.
     latest.write_text("step_00000002\n")
     workers(1).run(train_here, tiny_config(tmp_path, GRADUAL), resume=True)
-    for row, alone in zip(metrics(config, *COLUMNS), one_process, strict=True):
-        assert row[1:3] == pytest.approx(alone[1:3], rel=2e-5)
+    close(metrics(config, *COLUMNS), one_process)
