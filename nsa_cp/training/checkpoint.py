@@ -106,7 +106,7 @@ def check_compatible(manifest: dict[str, Any], config: RunConfig, path: Path, *,
     Raises:
         UserError: naming all settings that differ, with both values.
     """
-    pairs = [*_shape_pairs(manifest["model"], config.model_shape())]
+    pairs = list(_shape_pairs(manifest["model"], config.model_shape()))
     pairs += [(key, manifest["optimizer"].get(key), value) for key, value in _optimizer_kind(config).items()]
     if same_data:
         names = ("kind", "sequence_length", "validation_fraction")
@@ -123,8 +123,9 @@ def check_compatible(manifest: dict[str, Any], config: RunConfig, path: Path, *,
 
 def _shape_pairs(saved: dict[str, Any], wanted: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """What both model shapes have: a setting that only one has (of a compressor, of NSA) goes with one that differs."""
-    for key in (key for key in wanted if key in saved and key != "layer_pattern"):
-        yield f"model shape {key}", saved[key], wanted[key]
+    for key, value in wanted.items():
+        if key in saved and key != "layer_pattern":
+            yield f"model shape {key}", saved[key], value
     pairs = zip(saved["layer_pattern"], wanted["layer_pattern"], strict=False)
     if any(a != b for a, b in pairs):
         yield "model shape layer_pattern", saved["layer_pattern"], wanted["layer_pattern"]

@@ -253,9 +253,8 @@ def train_step(trainer: Trainer, source: SampleSource, progress: Progress, stop:
         UserError: the loss or the gradient is not finite.
     """
     train = trainer.config.train
-    dropout = train.selected_dropout(progress.step)
-    set_selected_dropout(trainer.chunks, dropout)
-    if dropout:
+    if train.selected_opening_steps:
+        set_selected_dropout(trainer.chunks, train.selected_dropout(progress.step))
         _seed_draws(trainer.config.seed, progress.step)
     lr = learning_rate(progress.step, train)
     set_learning_rate(trainer.optimizer, lr, train.weight_decay)

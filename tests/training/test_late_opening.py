@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from training_harness import evaluate_here, metrics, snapshot, tiny_config, train_here
+from training_harness import evaluate_here, metrics, rewind, snapshot, tiny_config, train_here
 
 from nsa_cp.testing import DistributedPool
 from nsa_cp.training.config import RunConfig, TrainSection
@@ -22,11 +22,6 @@ pytestmark = pytest.mark.distributed
 Workers = Callable[[int], DistributedPool]
 COLUMNS = ("step", "loss", "grad_norm", "val_loss", "gate_compressed", "gate_selected", "gate_window")
 LATE = ("train.selected_from_step=2", "train.checkpoint_interval=1")
-
-
-def rewind(config: RunConfig, step: int) -> None:
-    """Make ``step`` the newest checkpoint, as if the run had been stopped after it."""
-    (config.run_dir / "checkpoints" / "latest").write_text(f"step_{step:08d}\n")
 
 
 def printed(rank: int, world_size: int, config: RunConfig, resume: bool = False) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_harness import metrics, tiny_config, train_here
+from training_harness import close, metrics, rewind, tiny_config, train_here
 
 from nsa_cp.testing import DistributedPool
 from nsa_cp.training import checkpoint, loop
@@ -22,18 +22,6 @@ pytestmark = pytest.mark.distributed
 
 Workers = Callable[[int], DistributedPool]
 COLUMNS = ("step", "loss", "grad_norm", "lr", "consumed_samples", "val_loss")
-
-
-def rewind(config: RunConfig, step: int) -> None:
-    """Make ``step`` the newest checkpoint, as if the run had been killed before the next one."""
-    (config.run_dir / "checkpoints" / "latest").write_text(f"step_{step:08d}\n")
-
-
-def close(actual: list[tuple[Any, ...]], expected: list[tuple[Any, ...]], relative: float) -> None:
-    assert [row[0] for row in actual] == [row[0] for row in expected]
-    for row, other in zip(actual, expected):
-        for value, wanted in zip(row, other):
-            assert value == (None if wanted is None else pytest.approx(wanted, rel=relative)), (row, other)
 
 
 @pytest.fixture(scope="module")

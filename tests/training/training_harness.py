@@ -11,6 +11,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from nsa_cp.training.config import RunConfig
 from nsa_cp.training.config_load import build_config
 
@@ -50,6 +52,11 @@ def train_here(
         return train(config, resume=resume, overwrite=overwrite)
 
 
+def rewind(config: RunConfig, step: int) -> None:
+    """Make ``step`` the newest checkpoint, as if the run had been killed before the next one."""
+    (config.run_dir / "checkpoints" / "latest").write_text(f"step_{step:08d}\n")
+
+
 def evaluate_here(rank: int, world_size: int, config: RunConfig, step: int) -> float:
     """Validation loss of the checkpoint after ``step`` steps."""
     from nsa_cp.megatron import cpu_compatibility
@@ -63,6 +70,14 @@ def metrics(config: RunConfig, *names: str) -> list[tuple[Any, ...]]:
     """Columns of a run's metrics.jsonl, one tuple a step."""
     rows = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
     return [tuple(row.get(name) for name in names) for row in rows]
+
+
+def close(actual: list[tuple[Any, ...]], expected: list[tuple[Any, ...]], relative: float) -> None:
+    """Two runs' columns, the step first, agree up to a relative difference."""
+    assert [row[0] for row in actual] == [row[0] for row in expected]
+    for row, other in zip(actual, expected, strict=True):
+        for value, wanted in zip(row, other, strict=True):
+            assert value == (None if wanted is None else pytest.approx(wanted, rel=relative)), (row, other)
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
