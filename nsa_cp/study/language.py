@@ -22,12 +22,12 @@ class LanguageTask:
 
     Args:
         corpus: the text, built on this machine.
-        stage: sequences of training: drawn at random places of the training part.
-        valid_batches, test_batches: packs of the same size, at evenly spaced places of the other parts.
+        schedule: stages of training, shorter sequences first, drawn at random places of the training part.
+        valid_batches, test_batches: packs of the last stage's size, at evenly spaced places of the other parts.
     """
 
     corpus: Corpus
-    stage: Stage
+    schedule: tuple[Stage, ...]
     valid_batches: int
     test_batches: int
 
@@ -38,16 +38,16 @@ class LanguageTask:
 
     @property
     def stages(self) -> Sequence[Stage]:
-        """One."""
-        return [self.stage]
+        """Training, in order."""
+        return self.schedule
 
     def draw(self, stage: int, rng: np.random.Generator) -> Batch:
         """Sequences at random places."""
-        text = read_part(self.corpus.digest, "train")
-        return self._batch(text, rng.integers(0, len(text) - self.stage.length, self.stage.num_sequences))
+        text, shape = read_part(self.corpus.digest, "train"), self.schedule[stage]
+        return _batch(text, rng.integers(0, len(text) - shape.length, shape.num_sequences), shape.length)
 
     def valid(self, stage: int) -> Iterator[Group]:
-        """Of packages not trained on."""
+        """Of packages not trained on; as long as the last stage's in all of them, so that one curve shows what is far away."""
         yield self._spaced("valid", self.valid_batches)
 
     def tests(self) -> Iterator[Group]:
@@ -60,7 +60,7 @@ class LanguageTask:
         ``loss`` over everything, ``trailing_loss`` over the last quarter of each sequence, ``bits_per_byte``, and ``bins``: the
         loss in each range of positions, named ``first-last``.
         """
-        length = self.stage.length
+        length = self.schedule[-1].length
         losses = np.concatenate([each.losses for group in scores.values() for each in group]).reshape(-1, length)
         edges = [edge * length // 32 for edge in _EDGES]
         spans = [(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True) if a < b]
@@ -70,11 +70,11 @@ class LanguageTask:
         return {"loss": loss, "trailing_loss": trailing, "bits_per_byte": loss / math.log(2), "bins": bins}
 
     def _spaced(self, part: str, batches: int) -> Group:
-        text, count = read_part(self.corpus.digest, part), self.stage.num_sequences
-        starts = np.linspace(0, len(text) - self.stage.length - 1, batches * count).astype(np.int64).reshape(batches, count)
-        return Group(part, self.stage.layout, [self._batch(text, row) for row in starts])
+        text, last = read_part(self.corpus.digest, part), self.schedule[-1]
+        starts = np.linspace(0, len(text) - last.length - 1, batches * last.num_sequences).astype(np.int64)
+        return Group(part, last.layout, [_batch(text, row, last.length) for row in starts.reshape(batches, last.num_sequences)])
 
-    def _batch(self, text: np.ndarray, starts: np.ndarray) -> Batch:
-        length = self.stage.length
-        windows = np.stack([text[start : start + length + 1] for start in starts]).astype(np.int64)
-        return Batch(windows[:, :-1].ravel(), np.arange(len(starts) * length), windows[:, 1:].ravel())
+
+def _batch(text: np.ndarray, starts: np.ndarray, length: int) -> Batch:
+    windows = np.stack([text[start : start + length + 1] for start in starts]).astype(np.int64)
+    return Batch(windows[:, :-1].ravel(), np.arange(len(starts) * length), windows[:, 1:].ravel())

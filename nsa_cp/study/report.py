@@ -97,10 +97,10 @@ def _settings(settings: dict[str, Any]) -> Iterator[str]:
         f"n {nsa['num_selected_blocks']}, w {nsa['window_size']}. Training: {train['warmup_steps']} warm-up steps, weight decay "
         f"{train['weight_decay']}, betas {tuple(train['betas'])}, {train['precision']}."
     )
-    stages = task["schedule"] if "schedule" in task else [task["stage"]]
-    yield "Stages (sequences x tokens, most steps): " + "; ".join(
-        f"{stage['num_sequences']} x {stage.get('length') or stage['shape']['length']}, {stage['steps']}" for stage in stages
-    ) + "."  # fmt: skip
+    lengths = [stage.get("length") or stage["shape"]["length"] for stage in task["schedule"]]
+    stages = zip(task["schedule"], lengths, strict=True)
+    shapes = "; ".join(f"{stage['num_sequences']} x {length}, {stage['steps']}" for stage, length in stages)
+    yield f"Stages (sequences x tokens, most steps): {shapes}."
     if "corpus" in task:
         corpus = task["corpus"]
         parts = zip(("test", "validation", "training"), corpus["num_bytes"], corpus["num_packages"], strict=True)

@@ -54,20 +54,20 @@ class Gap:
 
 @pytest.fixture(scope="module")
 def train() -> Iterator[Callable[..., list[float]]]:
-    """``train(backend, nudge=False)``: the losses of a run, in process groups of this process alone."""
+    """``train(backend, *overrides, nudge=False, steps=STEPS)``: the losses of a run, in process groups of this process alone."""
     from nsa_cp.training.config_load import build_config
     from nsa_cp.training.loop import Progress, open_source, train_step
     from nsa_cp.training.setup import Launch, build_trainer, close_processes, init_processes
 
     device = torch.device("cuda", 0)
 
-    def run(backend: str, *, nudge: bool = False) -> list[float]:
-        config = build_config(copy.deepcopy(SETTINGS), [f"nsa.backend={backend}"])
+    def run(backend: str, *overrides: str, nudge: bool = False, steps: int = STEPS) -> list[float]:
+        config = build_config(copy.deepcopy(SETTINGS), [f"nsa.backend={backend}", *overrides])
         trainer = build_trainer(config, device)
         if nudge:
             _nudge(trainer.optimizer)
         source, progress, going_on = open_source(config), Progress(), SimpleNamespace(name=None)
-        return [train_step(trainer, source, progress, going_on)["loss"] for _ in range(STEPS)]
+        return [train_step(trainer, source, progress, going_on)["loss"] for _ in range(steps)]
 
     init_processes(build_config(copy.deepcopy(SETTINGS), []), Launch(), device)
     yield run
@@ -125,3 +125,15 @@ def test_a_branch_without_gradient_is_noticed(
     gap = Gap.between(train("triton"), torch_losses)
     print(f"without a gradient: {gap}; bound {bound}")
     assert gap.mean > bound.mean and gap.last_mean > bound.last_mean, (gap, bound)
+
+
+def test_gradual_opening_drops_the_same_tokens_under_recompute_and_with_either_backend(train: Callable[..., list[float]]) -> None:
+    """Other draws would show at once: an eighth of the steps has half of the tokens or more without their selected branch."""
+    gradual, steps = "train.selected_opening_steps=16", 24
+    losses = train("triton", gradual, steps=steps)
+    assert train("triton", gradual, "train.recompute=full", steps=steps) == losses
+    without = train("triton", steps=steps)
+    torch_path = train("torch", gradual, steps=steps)
+    gap, apart = Gap.between(torch_path, losses), Gap.between(without, losses)
+    print(f"triton against torch: {gap}; without any dropped: {apart}")
+    assert gap.mean < 2e-3 < apart.mean, (gap, apart)
