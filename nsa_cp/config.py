@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Compressor = Literal["mlp", "linear", "mean"]
 CompressedRope = Literal["after", "before"]
@@ -11,6 +12,17 @@ GateGranularity = Literal["head", "branch"]
 LayoutKind = Literal["zigzag", "contiguous"]
 CompressedComm = Literal["ring", "all_gather"]
 Backend = Literal["auto", "torch", "triton"]
+
+# Smallest values of the sizes.
+_LEAST = {
+    "compress_block_size": 1,
+    "compress_stride": 1,
+    "select_block_size": 1,
+    "num_selected_blocks": 1,
+    "num_local_blocks": 1,
+    "num_init_blocks": 0,
+    "window_size": 0,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,24 +67,8 @@ class NSAConfig:
     backend: Backend = "auto"
 
     def __post_init__(self) -> None:
-        l, d, l_sel, n = self.compress_block_size, self.compress_stride, self.select_block_size, self.num_selected_blocks
-        for name in ("compress_block_size", "compress_stride", "select_block_size", "num_selected_blocks", "num_local_blocks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
-        for name in ("num_init_blocks", "window_size"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} = {getattr(self, name)} must not be negative")
-        if l % d:
-            raise ValueError(f"compress_block_size = {l} is not a multiple of compress_stride = {d}; use {_round_up(l, d)}")
-        if l_sel % d:
-            raise ValueError(f"select_block_size = {l_sel} is not a multiple of compress_stride = {d}; use {_round_up(l_sel, d)}")
-        if l_sel < l:
-            raise ValueError(f"select_block_size = {l_sel} is smaller than compress_block_size = {l}; use at least {l}")
-        if n < self.num_init_blocks + self.num_local_blocks:
-            raise ValueError(
-                f"num_selected_blocks = {n} is smaller than num_init_blocks + num_local_blocks = "
-                f"{self.num_init_blocks} + {self.num_local_blocks}; use at least {self.num_init_blocks + self.num_local_blocks}"
-            )
+        for name, fault in size_faults(self):
+            raise ValueError(f"{name} = {fault}")
         _check_choice("compressor", self.compressor, Compressor)
         _check_choice("compressed_rope", self.compressed_rope, CompressedRope)
         _check_choice("gate", self.gate, GateGranularity)
@@ -105,6 +101,34 @@ class NSAConfig:
         """
         pieces, per_block = self.compress_block_size // self.compress_stride, self.select_block_size // self.compress_stride
         return tuple(sum(0 <= offset + k < per_block for k in range(pieces)) for offset in range(1 - pieces, per_block))
+
+
+def size_faults(settings: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """What is wrong with the sizes among the fields of :class:`NSAConfig`: name of the field, and its value with the remedy.
+
+    Args:
+        settings: whatever has the fields.
+        prefix: written before the fields' names.
+    """
+    small = {name: least for name, least in _LEAST.items() if getattr(settings, name) < least}
+    for name, least in small.items():
+        yield prefix + name, f"{getattr(settings, name)} must be at least {least}"
+    l, d, l_sel = settings.compress_block_size, settings.compress_stride, settings.select_block_size
+    n, init, local = settings.num_selected_blocks, settings.num_init_blocks, settings.num_local_blocks
+
+    def sound(*names: str) -> bool:
+        return small.keys().isdisjoint(names)
+
+    length, stride, block = (f"{prefix}{name}" for name in ("compress_block_size", "compress_stride", "select_block_size"))
+    if sound("compress_block_size", "compress_stride") and l % d:
+        yield length, f"{l} is not a multiple of {stride} = {d}; use {_round_up(l, d)}"
+    if sound("select_block_size", "compress_stride") and l_sel % d:
+        yield block, f"{l_sel} is not a multiple of {stride} = {d}; use {_round_up(l_sel, d)}"
+    if sound("select_block_size", "compress_block_size") and l_sel < l:
+        yield block, f"{l_sel} is smaller than {length} = {l}; use at least {l}"
+    if sound("num_selected_blocks", "num_init_blocks", "num_local_blocks") and n < init + local:
+        forced = f"{prefix}num_init_blocks + {prefix}num_local_blocks = {init} + {local}"
+        yield f"{prefix}num_selected_blocks", f"{n} is smaller than {forced}; use at least {init + local}"
 
 
 @dataclass(frozen=True, kw_only=True)

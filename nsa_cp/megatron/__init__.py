@@ -10,6 +10,7 @@ try:
         warnings.filterwarnings("ignore", message=".*[Aa]pex (is|are) not installed.*")
         from nsa_cp.megatron.batch import shard_batch
         from nsa_cp.megatron.config import AttentionSettings, NSATransformerConfig
+        from nsa_cp.megatron.conversion import copy_dense_weights
         from nsa_cp.megatron.cpu import check_cpu_config, cpu_compatibility, enable
         from nsa_cp.megatron.layer_specs import get_nsa_layer_spec, get_nsa_transformer_layer_spec
         from nsa_cp.megatron.layout import check_sequence_length, make_packed_seq_params, sequence_layout
@@ -32,6 +33,7 @@ __all__ = [
     "check_cpu_config",
     "check_sequence_length",
     "close_selected_branches",
+    "copy_dense_weights",
     "cpu_compatibility",
     "enable",
     "get_nsa_layer_spec",

@@ -1,8 +1,8 @@
 """Checkpoints: written whole or not at all, checked before anything is read, readable on any parallel layout.
 
-A checkpoint is a folder ``checkpoints/step_XXXXXXXX`` in Megatron-Core's distributed format with one file more, MANIFEST: what
-the weights' shapes depend on, how far training was, and the size of every file. It is written under a temporary name, renamed
-when complete, and only then named in ``checkpoints/latest``; so what ``latest`` names is whole, and a crash costs the newest one.
+A checkpoint is a folder ``checkpoints/step_XXXXXXXX`` in Megatron-Core's distributed format with one file more, its manifest
+(``manifest.py``). It is written under a temporary name, renamed when complete, and only then named in ``checkpoints/latest``; so
+what ``latest`` names is whole, and a crash costs the newest one.
 """
 
 from __future__ import annotations
@@ -23,14 +23,10 @@ from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from nsa_cp.training.config import RunConfig, TrainSection
-from nsa_cp.training.errors import UserError
+from nsa_cp.training.config import RunConfig
+from nsa_cp.training.manifest import LATEST, MANIFEST, describe
 
-MANIFEST = "nsa_cp_manifest.json"
-LATEST = "latest"
-_FORMAT, _VERSION = "nsa_cp checkpoint", 1
 _TEMPORARY = ".incomplete-"
-_STATES = {True: "closed", False: "open"}
 # The only format in which DistributedOptimizer's state can be read on another data-parallel size.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
 
@@ -38,125 +34,6 @@ _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_
 def checkpoint_name(step: int) -> str:
     """Folder name of the checkpoint after ``step`` optimizer steps."""
     return f"step_{step:08d}"
-
-
-def find_latest(folder: Path) -> Path:
-    """The checkpoint that ``folder/latest`` names.
-
-    Raises:
-        UserError: there is none, or it is gone.
-    """
-    pointer = folder / LATEST
-    if not pointer.is_file():
-        raise UserError(
-            f"there is no checkpoint in {folder} to resume from; begin with --overwrite, or without --resume "
-            f"where there is no run yet"
-        )
-    path = folder / pointer.read_text(encoding="utf-8").strip()
-    if path.parent != folder or not path.is_dir():
-        others = ", ".join(sorted(item.name for item in folder.glob("step_*"))) or "none"
-        raise UserError(
-            f"{pointer} names {path.name}, which is not there; write one of the existing checkpoints ({others}) into it"
-        )
-    return path
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are all there in full.
-
-    Raises:
-        UserError: not a checkpoint of this trainer, or some file of it is missing or has the wrong size.
-    """
-    file = path / MANIFEST
-    if not path.is_dir():
-        raise UserError(f"checkpoint {path} does not exist; give the folder of a checkpoint")
-    if not file.is_file():
-        raise UserError(f"{path} is not a checkpoint of nsa-cp: it has no {MANIFEST}; resume from one that nsa-cp train wrote")
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"checkpoint {path} is damaged: {MANIFEST} is not valid JSON; resume from another checkpoint") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
-        raise UserError(
-            f"{path} is not a checkpoint of nsa-cp: {MANIFEST} has another format; resume from one that nsa-cp train wrote"
-        )
-    if manifest.get("version") != _VERSION:
-        raise UserError(
-            f"checkpoint {path} has version {manifest.get('version')}, and this nsa-cp reads version {_VERSION}; "
-            f"use the nsa-cp that wrote it"
-        )
-    for name, size in manifest["files"].items():
-        part = path / name
-        found = part.stat().st_size if part.is_file() else None
-        if found != size:
-            what = "is missing" if found is None else f"has {found} bytes"
-            raise UserError(
-                f"checkpoint {path} is truncated: {name} {what} where {size} bytes were written; resume from another checkpoint"
-            )
-    return manifest
-
-
-def check_compatible(manifest: dict[str, Any], config: RunConfig, path: Path, *, same_data: bool) -> None:
-    """Refuse a checkpoint whose weights or optimizer state do not fit the run.
-
-    Args:
-        same_data: also refuse another order of the data, on which a resumed run would repeat text, skip it, or train on what
-            was held out. Paths may change, since data moves.
-
-    Raises:
-        UserError: naming all settings that differ, with both values.
-    """
-    pairs = list(_shape_pairs(manifest["model"], config.model_shape()))
-    pairs += [(key, manifest["optimizer"].get(key), value) for key, value in _optimizer_kind(config).items()]
-    if same_data:
-        names = ("kind", "sequence_length", "validation_fraction")
-        pairs.append(("seed", manifest["seed"], config.seed))
-        pairs += [(f"data.{name}", manifest["data"].get(name), getattr(config.data, name)) for name in names]
-    _refuse_differences([pair for pair in pairs if pair[1] != pair[2]], path)
-    if manifest["step"] > config.train.steps:
-        raise UserError(
-            f"checkpoint {path} is at step {manifest['step']}, beyond train.steps = {config.train.steps}; "
-            f"raise train.steps to go on"
-        )
-    _check_selected_branch(manifest, config, path)
-
-
-def _shape_pairs(saved: dict[str, Any], wanted: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """What both model shapes have: a setting that only one has (of a compressor, of NSA) goes with one that differs."""
-    for key, value in wanted.items():
-        if key in saved and key != "layer_pattern":
-            yield f"model shape {key}", saved[key], value
-    pairs = zip(saved["layer_pattern"], wanted["layer_pattern"], strict=False)
-    if any(a != b for a, b in pairs):
-        yield "model shape layer_pattern", saved["layer_pattern"], wanted["layer_pattern"]
-
-
-def _refuse_differences(differing: Sequence[tuple[str, Any, Any]], path: Path) -> None:
-    if not differing:
-        return
-    written = ", ".join(f"{name} = {saved}" for name, saved, _ in differing)
-    alone = len(differing) == 1
-    given = differing[0][2] if alone else ", ".join(f"{name} = {wanted}" for name, _, wanted in differing)
-    raise UserError(
-        f"checkpoint {path} was written with {written}, but the configuration has {given}; "
-        f"resume with {differing[0][1] if alone else 'the former'}, or give the run another name to start afresh"
-    )
-
-
-def _check_selected_branch(manifest: dict[str, Any], config: RunConfig, path: Path) -> None:
-    """Weights do not tell whether the selected branch is closed: the settings must agree on it at the checkpoint's step."""
-    step, saved, wanted = manifest["step"], manifest.get("selected_from_step", 0), config.train.selected_from_step
-    was_closed, now = (train.selected_is_closed(step) for train in (TrainSection(selected_from_step=saved), config.train))
-    if was_closed != now:
-        raise UserError(
-            f"checkpoint {path} of step {step} was written with train.selected_from_step = {saved}, its selected branch "
-            f"{_STATES[was_closed]}, but with {wanted} it would be {_STATES[now]} there; use {saved}"
-            + (f", or {step} to open it now" if was_closed else "")
-        )
-
-
-def _optimizer_kind(config: RunConfig) -> dict[str, Any]:
-    return {"train.dtype": config.train.dtype, "parallel.distributed_optimizer": config.parallel.distributed_optimizer}
 
 
 def save_checkpoint(
@@ -185,23 +62,7 @@ def save_checkpoint(
     with _signals_held_back():
         dist_checkpointing.save(_sharded_state(chunks, optimizer, with_rng=True), str(temporary))
         if dist.get_rank() == 0:
-            manifest = {
-                "format": _FORMAT,
-                "version": _VERSION,
-                "step": step,
-                "consumed_samples": consumed_samples,
-                "model": config.model_shape(),
-                "optimizer": _optimizer_kind(config),
-                "parallel": {**config.parallel.model_dump(mode="json"), "world_size": dist.get_world_size()},
-                "seed": config.seed,
-                "selected_from_step": config.train.selected_from_step,
-                "data": config.data.model_dump(mode="json"),
-                "files": {
-                    str(item.relative_to(temporary)): item.stat().st_size
-                    for item in sorted(temporary.rglob("*"))
-                    if item.is_file()
-                },
-            }
+            manifest = describe(temporary, config, step=step, consumed_samples=consumed_samples, world_size=dist.get_world_size())
             _publish(temporary, final, manifest, keep=config.train.keep_checkpoints)
         dist.barrier()
     return final

@@ -115,6 +115,11 @@ class TrainSection(Section):
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="parameters and activations; bf16 keeps fp32 main weights")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where every process has a GPU")
     recompute: Literal["none", "full"] = Field("none", description="full: recompute every layer in the backward pass")
+    init_from: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="run or checkpoint folder with whose weights the run begins; step, optimizer and data begin anew; without "
+        "effect on --resume",
+    )
     selected_from_step: NotNegative = Field(
         0,
         description="steps before which NSA's selected branch is closed (its gate is 0); it opens with the window's key and "

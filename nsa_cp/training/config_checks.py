@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from nsa_cp.config import size_faults
 from nsa_cp.training.config import RunConfig
 from nsa_cp.training.errors import Problem, UserError
 
@@ -57,41 +58,7 @@ def check_world(config: RunConfig, world_size: int) -> None:
 
 
 def _check_nsa(config: RunConfig) -> Iterator[Problem]:
-    nsa = config.nsa
-    l, d, l_sel = nsa.compress_block_size, nsa.compress_stride, nsa.select_block_size
-    too_small = False
-    for name, least in _LEAST.items():
-        if getattr(nsa, name) < least:
-            too_small = True
-            yield Problem(f"nsa.{name}", f"{getattr(nsa, name)} must be at least {least}")
-    if too_small:
-        return
-    if l % d:
-        yield Problem("nsa.compress_block_size", f"{l} is not a multiple of nsa.compress_stride = {d}; use {_round_up(l, d)}")
-    if l_sel % d:
-        yield Problem(
-            "nsa.select_block_size", f"{l_sel} is not a multiple of nsa.compress_stride = {d}; use {_round_up(l_sel, d)}"
-        )
-    if l_sel < l:
-        yield Problem("nsa.select_block_size", f"{l_sel} is smaller than nsa.compress_block_size = {l}; use at least {l}")
-    forced = nsa.num_init_blocks + nsa.num_local_blocks
-    if nsa.num_selected_blocks < forced:
-        yield Problem(
-            "nsa.num_selected_blocks",
-            f"{nsa.num_selected_blocks} is smaller than nsa.num_init_blocks + nsa.num_local_blocks = {nsa.num_init_blocks} + "
-            f"{nsa.num_local_blocks}; use at least {forced}",
-        )
-
-
-_LEAST = {
-    "compress_block_size": 1,
-    "compress_stride": 1,
-    "select_block_size": 1,
-    "num_selected_blocks": 1,
-    "num_local_blocks": 1,
-    "num_init_blocks": 0,
-    "window_size": 0,
-}
+    yield from (Problem(path, fault) for path, fault in size_faults(config.nsa, prefix="nsa."))
 
 
 def _check_model(config: RunConfig) -> Iterator[Problem]:

@@ -16,18 +16,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 
 from nsa_cp.context_parallel import count_traffic
-from nsa_cp.megatron import check_apex, close_selected_branches, open_selected_branches, set_selected_dropout
-from nsa_cp.training import plots
-from nsa_cp.training.checkpoint import (
-    check_compatible,
-    find_latest,
-    load_checkpoint,
-    read_manifest,
-    save_checkpoint,
+from nsa_cp.megatron import (
+    check_apex,
+    close_selected_branches,
+    copy_dense_weights,
+    open_selected_branches,
+    set_selected_dropout,
 )
+from nsa_cp.training import plots
+from nsa_cp.training.checkpoint import load_checkpoint, save_checkpoint
 from nsa_cp.training.config import RunConfig
 from nsa_cp.training.config_checks import check_world
 from nsa_cp.training.data import SampleSource, load_text, train_batches
@@ -37,11 +37,12 @@ from nsa_cp.training.evaluate import bits_per_byte, validation_loss
 from nsa_cp.training.files import write_atomically
 from nsa_cp.training.forward import run_schedule
 from nsa_cp.training.indexed import IndexedSource
+from nsa_cp.training.manifest import check_compatible, check_initial, find_initial, find_latest, read_manifest
 from nsa_cp.training.metrics import Reporter, agree
 from nsa_cp.training.run_folder import RunFolder, read_metrics
 from nsa_cp.training.sample import sample_text
 from nsa_cp.training.schedule import learning_rate, set_learning_rate
-from nsa_cp.training.setup import Launch, Trainer, build_trainer, close_processes, init_processes
+from nsa_cp.training.setup import Launch, Trainer, build_trainer, close_processes, init_processes, seed_generators
 from nsa_cp.training.signals import StopRequest
 
 
@@ -74,7 +75,8 @@ class Plan:
         device: this process's device.
         source: the data.
         folder: the run's folder.
-        checkpoint: checkpoint to begin from, with its manifest, or None.
+        checkpoint: checkpoint to go on from, with its manifest, or None.
+        initial: checkpoint with whose weights a new run begins, with its manifest, or None.
     """
 
     config: RunConfig
@@ -83,6 +85,7 @@ class Plan:
     source: SampleSource
     folder: RunFolder
     checkpoint: tuple[Path, dict[str, Any]] | None = None
+    initial: tuple[Path, dict[str, Any]] | None = None
 
 
 def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:
@@ -134,6 +137,11 @@ def prepare(config: RunConfig, *, resume: bool = False, overwrite: bool = False,
         manifest = read_manifest(path)
         check_compatible(manifest, config, path, same_data=True)
         plan.checkpoint = (path, manifest)
+    elif for_training and config.train.init_from is not None:
+        path = find_initial(config.train.init_from, folder.path)
+        manifest = read_manifest(path)
+        check_initial(manifest, config, path)
+        plan.initial = (path, manifest)
     return plan
 
 
@@ -179,6 +187,8 @@ def _run(plan: Plan, *, overwrite: bool) -> dict[str, Any] | None:
         path, manifest = plan.checkpoint
         load_checkpoint(path, trainer.chunks, trainer.optimizer, manifest=manifest)
         progress = Progress(manifest["step"], manifest["consumed_samples"], saved_step=manifest["step"])
+    elif plan.initial is not None:
+        _take_weights(trainer, *plan.initial)
     _close_selected_until_due(trainer, progress.step)
     # Forming the groups was a collective, so every process has looked at the folder before the first one changes it.
     changes: list[str] = []
@@ -203,6 +213,19 @@ def _run(plan: Plan, *, overwrite: bool) -> dict[str, Any] | None:
             )
             return None
         return _finish(trainer, plan, progress, reporter)
+
+
+def _take_weights(trainer: Trainer, path: Path, manifest: dict[str, Any]) -> None:
+    """Begin with a checkpoint's weights, other kinds of attention turned into this run's. Collective."""
+    config, kinds = trainer.config, manifest["model"]["layer_pattern"]
+    if kinds == list(config.layer_kinds):
+        load_checkpoint(path, trainer.chunks, None, manifest=manifest)
+    else:
+        model = config.model.model_copy(update={"layer_pattern": kinds})
+        before = build_trainer(config.model_copy(update={"model": model}), trainer.device, for_training=False)
+        load_checkpoint(path, before.chunks, None, manifest=manifest)
+        copy_dense_weights(trainer.chunks, before.chunks)
+    trainer.optimizer.reload_model_params()  # main weights of their own, where it has them, follow the model's
 
 
 def _train_steps(trainer: Trainer, plan: Plan, progress: Progress, reporter: Reporter, stop: StopRequest) -> bool:
@@ -301,9 +324,7 @@ def _seed_draws(seed: int, step: int) -> None:
     """What a step draws (``train.selected_opening_steps``) follows from seed, step, pipeline stage and data-parallel rank
     alone: a resumed run draws as the uncut one, and tensor- and context-parallel ranks draw alike."""
     stage, dp_rank = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_data_parallel_rank()
-    own = int(np.random.SeedSequence([seed, step, stage, dp_rank]).generate_state(1)[0])
-    torch.manual_seed(own)
-    tensor_parallel.model_parallel_cuda_manual_seed(own)
+    seed_generators(int(np.random.SeedSequence([seed, step, stage, dp_rank]).generate_state(1)[0]))
 
 
 def _save(trainer: Trainer, folder: RunFolder, progress: Progress) -> None:
@@ -387,6 +408,8 @@ def _headline(trainer: Trainer, plan: Plan, progress: Progress) -> str:
     config, parallel = trainer.config, trainer.config.parallel
     dp = config.data_parallel_size(plan.launch.world_size)
     where = f"from step {progress.step}" if progress.step else "from the start"
+    if plan.initial is not None:
+        where += f", with the weights of {plan.initial[0]}"
     return (
         f"run {plan.folder.path}: {trainer.num_parameters:,} parameters, layers {'+'.join(sorted(set(config.layer_kinds)))}, "
         f"{plan.launch.world_size} processes (tensor {parallel.tensor}, pipeline {parallel.pipeline}, "

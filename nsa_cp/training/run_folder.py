@@ -10,10 +10,10 @@ from typing import Any
 
 import yaml
 
-from nsa_cp.training.checkpoint import LATEST
 from nsa_cp.training.config import RunConfig
 from nsa_cp.training.errors import UserError
 from nsa_cp.training.files import write_atomically
+from nsa_cp.training.manifest import CHECKPOINTS, LATEST
 
 
 class RunFolder:
@@ -27,7 +27,7 @@ class RunFolder:
         self.path = path
         self.config, self.metrics, self.summary = path / "config.yaml", path / "metrics.jsonl", path / "summary.json"
         self.loss_plot, self.blocks_plot, self.sample = path / "loss.png", path / "blocks.png", path / "sample.txt"
-        self.tensorboard, self.checkpoints, self.index_cache = path / "tensorboard", path / "checkpoints", path / "index_cache"
+        self.tensorboard, self.checkpoints, self.index_cache = path / "tensorboard", path / CHECKPOINTS, path / "index_cache"
 
     def exists(self) -> bool:
         """Whether a run has begun here."""

@@ -15,8 +15,8 @@ import pytest
 from matplotlib import image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nsa_cp.training.checkpoint import find_latest, read_manifest
 from nsa_cp.training.config_load import load_config
+from nsa_cp.training.manifest import find_latest, read_manifest
 from nsa_cp.training.run_folder import read_metrics
 
 pytestmark = pytest.mark.distributed

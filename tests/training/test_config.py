@@ -85,7 +85,7 @@ def test_all_faults_are_told_at_once_each_with_its_path() -> None:
             "modle": {},
             "lr": 1,
             "model": {"num_layer": 3},
-            "nsa": {"compress_block_size": 30, "num_selected_blocks": 2, "select_block_size": 16},
+            "nsa": {"compress_block_size": 30, "num_selected_blocks": 2, "select_block_size": 16, "window_size": -3},
             "train": {"steps": "many", "lr": -1},
             "data": {"sequence_length": 2047},
             "parallel": {"context": 2},
@@ -98,12 +98,13 @@ def test_all_faults_are_told_at_once_each_with_its_path() -> None:
     assert found["nsa.compress_block_size"] == "30 is not a multiple of nsa.compress_stride = 16; use 32"
     assert "use at least 3" in found["nsa.num_selected_blocks"]
     assert found["nsa.select_block_size"] == "16 is smaller than nsa.compress_block_size = 30; use at least 30"
+    assert found["nsa.window_size"] == "-3 must be at least 0"
     assert found["train.steps"].startswith("'many' should be a valid integer")
     assert found["train.lr"].startswith("-1 should be greater than 0")
     assert "2047 is not a multiple of 2 * parallel.context = 2*2 = 4" in found["data.sequence_length"]
     assert found["data.sequence_length"].endswith("use 2048")
     assert found[""] == "override 'seed' is not of the form section.key=value"
-    assert len(found) == 10
+    assert len(found) == 11
 
 
 REFUSED = {

@@ -14,8 +14,8 @@ from training_harness import close, metrics, rewind, tiny_config, train_here
 
 from nsa_cp.testing import DistributedPool
 from nsa_cp.training import checkpoint, loop
-from nsa_cp.training.checkpoint import find_latest, read_manifest
 from nsa_cp.training.config import RunConfig
+from nsa_cp.training.manifest import find_latest, read_manifest
 from nsa_cp.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.distributed

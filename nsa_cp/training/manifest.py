@@ -1,0 +1,215 @@
+"""What a checkpoint says of itself, and whether a run may go on from it, be evaluated with it, or begin with its weights.
+
+The manifest is a JSON file in the checkpoint's folder: what the weights' shapes depend on, how far training was, and the size of
+every file. All of this is local and reads only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from nsa_cp.training.config import RunConfig, TrainSection
+from nsa_cp.training.errors import UserError
+
+MANIFEST = "nsa_cp_manifest.json"
+LATEST = "latest"
+CHECKPOINTS = "checkpoints"
+_FORMAT, _VERSION = "nsa_cp checkpoint", 1
+_PATTERN = "model shape layer_pattern"
+_STATES = {True: "closed", False: "open"}
+
+
+def describe(path: Path, config: RunConfig, *, step: int, consumed_samples: int, world_size: int) -> dict[str, Any]:
+    """The manifest of a checkpoint in ``path``, complete but for this.
+
+    Args:
+        config: the run.
+        step: optimizer steps done.
+        consumed_samples: training sequences used so far: the position in the data.
+        world_size: processes that wrote it.
+    """
+    files = sorted(item for item in path.rglob("*") if item.is_file())
+    return {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "step": step,
+        "consumed_samples": consumed_samples,
+        "model": config.model_shape(),
+        "optimizer": _optimizer_kind(config),
+        "parallel": {**config.parallel.model_dump(mode="json"), "world_size": world_size},
+        "seed": config.seed,
+        "selected_from_step": config.train.selected_from_step,
+        "data": config.data.model_dump(mode="json"),
+        "files": {str(item.relative_to(path)): item.stat().st_size for item in files},
+    }
+
+
+def find_latest(folder: Path) -> Path:
+    """The checkpoint that ``folder/latest`` names.
+
+    Raises:
+        UserError: there is none, or it is gone.
+    """
+    pointer = folder / LATEST
+    if not pointer.is_file():
+        raise UserError(
+            f"there is no checkpoint in {folder} to resume from; begin with --overwrite, or without --resume "
+            f"where there is no run yet"
+        )
+    path = folder / pointer.read_text(encoding="utf-8").strip()
+    if path.parent != folder or not path.is_dir():
+        others = ", ".join(sorted(item.name for item in folder.glob("step_*"))) or "none"
+        raise UserError(
+            f"{pointer} names {path.name}, which is not there; write one of the existing checkpoints ({others}) into it"
+        )
+    return path
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are all there in full.
+
+    Raises:
+        UserError: not a checkpoint of this trainer, or some file of it is missing or has the wrong size.
+    """
+    file = path / MANIFEST
+    if not path.is_dir():
+        raise UserError(f"checkpoint {path} does not exist; give the folder of a checkpoint")
+    if not file.is_file():
+        raise UserError(f"{path} is not a checkpoint of nsa-cp: it has no {MANIFEST}; resume from one that nsa-cp train wrote")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"checkpoint {path} is damaged: {MANIFEST} is not valid JSON; resume from another checkpoint") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+        raise UserError(
+            f"{path} is not a checkpoint of nsa-cp: {MANIFEST} has another format; resume from one that nsa-cp train wrote"
+        )
+    if manifest.get("version") != _VERSION:
+        raise UserError(
+            f"checkpoint {path} has version {manifest.get('version')}, and this nsa-cp reads version {_VERSION}; "
+            f"use the nsa-cp that wrote it"
+        )
+    for name, size in manifest["files"].items():
+        part = path / name
+        found = part.stat().st_size if part.is_file() else None
+        if found != size:
+            what = "is missing" if found is None else f"has {found} bytes"
+            raise UserError(
+                f"checkpoint {path} is truncated: {name} {what} where {size} bytes were written; resume from another checkpoint"
+            )
+    return manifest
+
+
+def check_compatible(manifest: dict[str, Any], config: RunConfig, path: Path, *, same_data: bool) -> None:
+    """Refuse a checkpoint whose weights or optimizer state do not fit the run.
+
+    Args:
+        same_data: also refuse another order of the data, on which a resumed run would repeat text, skip it, or train on what
+            was held out. Paths may change, since data moves.
+
+    Raises:
+        UserError: naming all settings that differ, with both values.
+    """
+    pairs = list(_shape_pairs(manifest["model"], config.model_shape()))
+    pairs += [(key, manifest["optimizer"].get(key), value) for key, value in _optimizer_kind(config).items()]
+    if same_data:
+        names = ("kind", "sequence_length", "validation_fraction")
+        pairs.append(("seed", manifest["seed"], config.seed))
+        pairs += [(f"data.{name}", manifest["data"].get(name), getattr(config.data, name)) for name in names]
+    _refuse_differences(pairs, path, "resume with", "or give the run another name to start afresh")
+    if manifest["step"] > config.train.steps:
+        raise UserError(
+            f"checkpoint {path} is at step {manifest['step']}, beyond train.steps = {config.train.steps}; "
+            f"raise train.steps to go on"
+        )
+    _check_selected_branch(manifest, config, path)
+
+
+def find_initial(init_from: str, run_dir: Path) -> Path:
+    """The checkpoint that ``train.init_from`` means: a checkpoint's folder, or a run's, of which it is the newest.
+
+    Raises:
+        UserError: it is neither, or belongs to the run in ``run_dir`` itself, which may be about to be overwritten.
+    """
+    given = Path(init_from).expanduser()
+    if run_dir.resolve() in (given.resolve(), *given.resolve().parents):
+        raise UserError(
+            f"train.init_from = {init_from} is the run {run_dir} itself; go on with --resume, or choose another name="
+        )
+    if (given / MANIFEST).is_file():
+        return given
+    if (given / CHECKPOINTS / LATEST).is_file():
+        return find_latest(given / CHECKPOINTS)
+    raise UserError(
+        f"train.init_from = {init_from} is neither a checkpoint ({MANIFEST}) nor a run with one ({CHECKPOINTS}/{LATEST}); "
+        f"give the folder of one of the two"
+    )
+
+
+def check_initial(manifest: dict[str, Any], config: RunConfig, path: Path) -> None:
+    """Refuse a checkpoint with whose weights a new run cannot begin: step, data and optimizer do not matter, and full or window
+    attention may become another kind (``nsa_cp.megatron.copy_dense_weights``).
+
+    Raises:
+        UserError: naming all settings that differ, with both values.
+    """
+    kinds = manifest["model"]["layer_pattern"]
+    becomes = zip(kinds, config.layer_kinds, strict=False)
+    fits = all(saved != "nsa" or wanted == "nsa" for saved, wanted in becomes)
+    shapes = _shape_pairs(manifest["model"], config.model_shape())
+    pairs = [pair for pair in shapes if not (fits and pair[0] == _PATTERN)]
+    pairs.append(("train.dtype", manifest["optimizer"].get("train.dtype"), config.train.dtype))
+    _refuse_differences(pairs, path, "begin with", "or without train.init_from")
+    was_closed, now = _was_closed(manifest), config.train.selected_is_closed(0)
+    if was_closed != now and "nsa" in kinds:
+        remedy = "1 or more, the steps after which it opens" if was_closed else "0"
+        raise UserError(
+            f"checkpoint {path} was written with its selected branch {_STATES[was_closed]}, but with train.selected_from_step = "
+            f"{config.train.selected_from_step} the run begins with it {_STATES[now]}; set it to {remedy}"
+        )
+
+
+def _shape_pairs(saved: dict[str, Any], wanted: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """What both model shapes have: a setting that only one has (of a compressor, of NSA) goes with one that differs."""
+    for key, value in wanted.items():
+        if key in saved and key != "layer_pattern":
+            yield f"model shape {key}", saved[key], value
+    pairs = zip(saved["layer_pattern"], wanted["layer_pattern"], strict=False)
+    if any(a != b for a, b in pairs):
+        yield _PATTERN, saved["layer_pattern"], wanted["layer_pattern"]
+
+
+def _refuse_differences(pairs: Iterable[tuple[str, Any, Any]], path: Path, go_on: str, otherwise: str) -> None:
+    differing = [pair for pair in pairs if pair[1] != pair[2]]
+    if not differing:
+        return
+    written = ", ".join(f"{name} = {saved}" for name, saved, _ in differing)
+    alone = len(differing) == 1
+    given = differing[0][2] if alone else ", ".join(f"{name} = {wanted}" for name, _, wanted in differing)
+    raise UserError(
+        f"checkpoint {path} was written with {written}, but the configuration has {given}; "
+        f"{go_on} {differing[0][1] if alone else 'the former'}, {otherwise}"
+    )
+
+
+def _check_selected_branch(manifest: dict[str, Any], config: RunConfig, path: Path) -> None:
+    """Weights do not tell whether the selected branch is closed: the settings must agree on it at the checkpoint's step."""
+    step, saved, wanted = manifest["step"], manifest.get("selected_from_step", 0), config.train.selected_from_step
+    was_closed, now = _was_closed(manifest), config.train.selected_is_closed(step)
+    if was_closed != now:
+        raise UserError(
+            f"checkpoint {path} of step {step} was written with train.selected_from_step = {saved}, its selected branch "
+            f"{_STATES[was_closed]}, but with {wanted} it would be {_STATES[now]} there; use {saved}"
+            + (f", or {step} to open it now" if was_closed else "")
+        )
+
+
+def _was_closed(manifest: dict[str, Any]) -> bool:
+    return TrainSection(selected_from_step=manifest.get("selected_from_step", 0)).selected_is_closed(manifest["step"])
+
+
+def _optimizer_kind(config: RunConfig) -> dict[str, Any]:
+    return {"train.dtype": config.train.dtype, "parallel.distributed_optimizer": config.parallel.distributed_optimizer}

@@ -1,0 +1,149 @@
+"""A dense model's weights in a model with NSA layers: where NSA sees everything, it is the dense model; and what is refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import megatron_harness as harness
+import pytest
+import torch
+from megatron_harness import BATCH, LENGTH, VOCAB, Model, Parallel
+
+from nsa_cp.config import NSAConfig
+from nsa_cp.testing import DistributedPool, relative_error
+
+pytestmark = pytest.mark.distributed
+
+Workers = Callable[[int], DistributedPool]
+
+# Every query sees all keys, in the selected branch and in the window.
+ALL = NSAConfig(
+    compress_block_size=8, compress_stride=4, select_block_size=8, num_selected_blocks=LENGTH // 8, window_size=LENGTH
+)
+PATTERN = ("nsa", "full", "window", "nsa")
+COMMON = {"v_channels": 8, "add_qkv_bias": True}
+DENSE = Model(layer_pattern=("full",)).with_extra(**COMMON)
+SPARSE = Model(nsa=ALL, layer_pattern=PATTERN).with_extra(equal_start=False, **COMMON)
+
+
+def _logits(rank: int, world: int, sparse: Model, dense: Model, from_megatron: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the dense model and of the NSA model that took its weights, on this rank's part of the vocabulary."""
+    from nsa_cp.megatron import copy_dense_weights
+
+    parallel = Parallel(tp=world)
+    with harness.megatron(parallel):
+        source = _megatron_model(dense, parallel) if from_megatron else harness.build(dense, parallel)[1][0]
+        for name, parameter in source.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.2)
+        _, (model,) = harness.build(sparse, parallel)
+        copy_dense_weights([model], [source])
+        _silence_all_but_what_dense_attention_has(model)
+        tokens = harness.make_batch("plain", 5)[0]["tokens"]
+        positions = torch.arange(LENGTH).expand(BATCH, -1)
+        mask = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).triu(1) if from_megatron else None
+        with torch.no_grad():
+            return source(tokens, positions, mask), model(tokens, positions, None)
+
+
+def _megatron_model(dense: Model, parallel: Parallel) -> Any:
+    """Megatron's GPTModel with its own attention and rotary embedding; its weights are drawn anew, norms included."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer import TransformerConfig
+
+    ours = harness.make_config(dense, parallel)
+    names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
+    names += ("gated_linear_unit", "activation_func", "hidden_dropout", "init_method_std", "tensor_model_parallel_size")
+    names += ("use_cpu_initialization", "params_dtype", "add_bias_linear", "add_qkv_bias", "layernorm_epsilon", "normalization")
+    config = TransformerConfig(attention_dropout=0.0, **{name: getattr(ours, name) for name in names})
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    model = GPTModel(config, spec, VOCAB, 2 * LENGTH, position_embedding_type="rope").double()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
+
+
+@torch.no_grad()
+def _silence_all_but_what_dense_attention_has(model: Any) -> None:
+    """Gates of exactly one half, and compressed values of exactly 0: what is left is selected and window branch, each half of
+    what dense attention gives, times 2/3 for a third branch."""
+    for layer in model.decoder.layers:
+        attention = layer.self_attention
+        if attention.layer_type != "nsa":
+            continue
+        for rows in (attention.linear_qkv.weight, attention.linear_qkv.bias):
+            _, *pairs, gates = rows.unflatten(0, (attention.num_groups, -1)).split(attention.group_widths, dim=1)
+            gates.zero_()
+            pairs[1].zero_()
+        attention.linear_proj.weight.mul_(1.5)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("from_megatron", [False, True], ids=["our-full-layers", "megatrons-attention"])
+def test_where_nsa_sees_everything_it_is_the_dense_model(workers: Workers, world: int, from_megatron: bool) -> None:
+    tolerance = 1e-5 if from_megatron else 1e-12  # Megatron rotates in float32
+    for dense, sparse in workers(world).run(_logits, SPARSE, DENSE, from_megatron):
+        assert dense.std() > 0.1 and relative_error(sparse, dense) < tolerance
+
+
+def test_a_query_that_does_not_see_everything_differs(workers: Workers) -> None:
+    """The test above can fail: a window and a selection that end before the first key."""
+    near = SPARSE.with_nsa(num_selected_blocks=4, window_size=16)
+    ((dense, sparse),) = workers(1).run(_logits, near, DENSE, False)
+    assert relative_error(sparse, dense) > 1e-2
+
+
+def _converted(
+    rank: int, world: int, sparse: Model, dense: Model
+) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], str | None]:
+    """Parameters before and after, and the refusal."""
+    from nsa_cp.megatron import copy_dense_weights
+
+    parallel, message = Parallel(tp=world), None
+    with harness.megatron(parallel):
+        source, model = (harness.build(each, parallel)[1] for each in (dense, sparse))
+        before = {name: parameter.detach().clone() for name, parameter in model[0].named_parameters()}
+        try:
+            copy_dense_weights(model, source)
+        except ValueError as error:
+            message = str(error)
+        return {name: (before[name], parameter.detach()) for name, parameter in model[0].named_parameters()}, message
+
+
+@pytest.mark.parametrize("sparse", [SPARSE, SPARSE.with_nsa(shared_kv=True, gate="branch")], ids=["independent", "shared"])
+def test_gates_and_compressors_stay_and_all_else_is_taken(workers: Workers, sparse: Model) -> None:
+    ((found, message),) = workers(1).run(_converted, sparse, DENSE)
+    assert message is None
+    kept = {name for name, (before, after) in found.items() if torch.equal(before, after) and before.std() > 0}
+    assert kept == {name for name in found if ("core_attention" in name or "linear_gate" in name) and found[name][0].std() > 0}
+    name = "decoder.layers.0.self_attention.linear_qkv.weight"
+    pairs = 1 if sparse.nsa.shared_kv else 3
+    queries, *branches = found[name][1].unflatten(0, (4, -1)).split([16, *[16] * pairs, *([6] if pairs == 3 else [])], dim=1)
+    assert all(torch.equal(branch, branches[0]) for branch in branches[:pairs])
+    if pairs == 3:
+        assert torch.equal(branches[3], found[name][0].unflatten(0, (4, -1))[:, -6:])
+
+
+@pytest.mark.parametrize(
+    ("dense", "message"),
+    [
+        (DENSE.with_extra(hidden_size=64), r"shape \(.*32\), and \(.*64\) in the dense model"),
+        (
+            DENSE.with_extra(v_channels=4),
+            r"linear_qkv.weight of the dense .* shape \(112, 32\); this size takes \(128, 32\)",
+        ),
+        (DENSE.with_extra(add_qkv_bias=False), "the dense model has no .*linear_qkv.bias; it must be the same model but for"),
+        (DENSE.with_extra(add_bias_linear=True), "the dense model has .*bias, for which this one has no place"),
+        (replace(DENSE, num_layers=3), "the dense model has no decoder.layers.3"),
+    ],
+    ids=["width", "value-width", "bias", "more-biases", "layers"],
+)
+def test_models_that_do_not_fit_are_refused_and_left_alone(workers: Workers, dense: Model, message: str) -> None:
+    ((found, told),) = workers(1).run(_converted, SPARSE, dense)
+    assert re.search(message, str(told)), told
+    assert all(torch.equal(before, after) for before, after in found.values())
