@@ -13,7 +13,7 @@ from nsa_cp.config import NSAConfig, RotaryConfig
 LayerType = Literal["nsa", "full", "window"]
 
 # TransformerConfig fields that would change the attention and that NSA layers do not carry out, with the only value accepted.
-_FIXED_FIELDS: tuple[tuple[str, Any, str], ...] = (
+FIXED_FIELDS: tuple[tuple[str, Any, str], ...] = (
     ("multi_latent_attention", False, "NSA layers have their own projections"),
     ("experimental_attention_variant", None, "NSA layers come in through the layer spec"),
     ("attention_dropout", 0.0, "sparse attention drops no weights"),
@@ -175,7 +175,7 @@ def check_transformer_config(config: TransformerConfig, settings: AttentionSetti
             f"rotary percent = {settings.rotary.percent} of kv_channels = {channels} rotates no channel; "
             "raise it, or set rotary to None for no position embedding"
         )
-    for name, accepted, why in _FIXED_FIELDS:
+    for name, accepted, why in FIXED_FIELDS:
         value = getattr(config, name, accepted)
         if value != accepted:
             raise ValueError(f"{name} = {value!r} is not supported by NSA layers: {why}; set it to {accepted!r}")

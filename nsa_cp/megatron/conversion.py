@@ -9,10 +9,18 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 from torch.nn import Module
 
+from nsa_cp.config import RotaryConfig
+from nsa_cp.megatron.config import FIXED_FIELDS
 from nsa_cp.megatron.self_attention import NSASelfAttention
 
-# Gates start at about one half: three branches that agree would add up to one and a half times what dense attention gives.
-_SUM_OF_GATES = 1.5
+# Settings without which equal weights do not mean the same: equal in both models, or with the only value that NSA layers accept.
+_EQUAL = ("num_attention_heads", "num_query_groups", "kv_channels", "layernorm_epsilon", "activation_func")
+_ACCEPTED = {
+    "multi_latent_attention", "attention_output_gate", "qk_layernorm", "qk_l2_norm", "softmax_scale", "softmax_type",
+    "window_size", "no_rope_freq", "rotary_interleaved", "layernorm_zero_centered_gamma", "normalization",
+    "apply_query_key_layer_scaling",
+}  # fmt: skip
+_BUILD_ALIKE = "build both with the same settings but for the attention"
 
 
 @torch.no_grad()
@@ -20,16 +28,16 @@ def copy_dense_weights(chunks: Sequence[Module], dense: Sequence[Module]) -> Non
     """Give a model with NSA layers the weights of one with dense attention; local to each process.
 
     An ``nsa`` layer takes the queries' weights, the keys' and values' for each of its branches, and the output projection's,
-    divided by 1.5 for the sum of its gates. Its gates and compressors, which dense attention does not have, stay as they are:
-    gates of about one half, compressors that take means. ``window`` and ``full`` layers take over everything, as does what
-    is not attention.
+    divided by the sum of the gates of its open branches: those become exactly one half each. Compressors, which dense attention
+    does not have either, stay as they are. ``window`` and ``full`` layers take over everything, as does what is not attention.
 
     Where the optimizer keeps main weights of its own, call ``optimizer.reload_model_params()`` afterwards, or build it then.
 
     Args:
         chunks: this process's model chunks, wrapped in Megatron's DDP or not.
         dense: those of the dense model, spread alike; its attention is Megatron's ``SelfAttention`` or this library's layer.
-            Where it has an ``nsa`` layer in the place of one, all of that is taken over.
+            Where it has an ``nsa`` layer in the place of one, all of that is taken over as it is. The base of its rotary
+            embedding may be another.
 
     Raises:
         ValueError: models that do not fit; nothing has been copied then.
@@ -37,42 +45,45 @@ def copy_dense_weights(chunks: Sequence[Module], dense: Sequence[Module]) -> Non
     if len(chunks) != len(dense):
         raise ValueError(f"the model has {len(chunks)} chunks on this process and the dense one {len(dense)}; spread both alike")
     models = zip(unwrap_model(list(chunks)), unwrap_model(list(dense)), strict=True)
-    for target, source, scale in [pair for both in models for pair in _pairs(*both)]:
-        target.copy_(source * scale)
+    for target, source, factor in [step for both in models for step in _steps(*both)]:
+        target.copy_(source * factor)
 
 
-def _pairs(chunk: Module, dense: Module) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """Tensors to be overwritten, each with the one that it takes and by what it is multiplied."""
-    given = dict(dense.named_parameters())
-    layers = _nsa_layers(chunk)
-    converted = layers.keys() - _nsa_layers(dense).keys()
-    used = set()
+def _steps(chunk: Module, dense: Module) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """Tensors to be overwritten, each with the one that it takes and by what that is multiplied."""
+    _check_settings(chunk, dense)
+    sources, used = dict(dense.named_parameters()), set()
+    layers = {name: layer for name, layer in _attentions(chunk).items() if layer.layer_type == "nsa"}
+    trained = {name for name, layer in _attentions(dense).items() if layer.layer_type == "nsa"}
     for name, parameter in chunk.named_parameters():
-        layer = next((layer for layer in converted if name.startswith(f"{layer}.")), None)
-        own = name[len(layer) + 1 :] if layer is not None else ""
-        if own.startswith(("core_attention.", "linear_gate.")):
+        path = next((path for path in layers.keys() - trained if name.startswith(f"{path}.")), None)
+        in_layer = "" if path is None else name[len(path) + 1 :]
+        if in_layer.startswith("core_attention."):
             continue
-        if name not in given:
-            raise ValueError(f"the dense model has no {name}; it must be the same model but for its attention")
+        if in_layer.startswith("linear_gate."):
+            yield parameter, parameter, 0.0
+            continue
+        if name not in sources:
+            raise ValueError(f"the dense model has no {name}; {_BUILD_ALIKE}")
         used.add(name)
-        if own.startswith("linear_qkv."):
-            yield from _projection_pairs(name, layers[layer], parameter, given[name])
+        source, factor = sources[name], 1.0
+        if in_layer.startswith("linear_qkv."):
+            yield from _projection_steps(name, layers[path], parameter, source)
             continue
-        if parameter.shape != given[name].shape:
-            raise ValueError(f"{name} has shape {tuple(parameter.shape)}, and {tuple(given[name].shape)} in the dense model")
-        yield parameter, given[name], 1 / _SUM_OF_GATES if own == "linear_proj.weight" else 1.0
-    if left := sorted(given.keys() - used):
-        raise ValueError(f"the dense model has {left[0]}, for which this one has no place; train without it")
+        if parameter.shape != source.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(parameter.shape)}, and {tuple(source.shape)} in the dense model; {_BUILD_ALIKE}"
+            )
+        if in_layer == "linear_proj.weight":
+            factor = 2 / _num_open_branches(layers[path])
+        yield parameter, source, factor
+    if left := sorted(sources.keys() - used):
+        raise ValueError(f"the dense model has {left[0]}, for which this one has no place; {_BUILD_ALIKE}")
 
 
-def _nsa_layers(chunk: Module) -> dict[str, NSASelfAttention]:
-    attentions = ((name, module) for name, module in chunk.named_modules() if isinstance(module, NSASelfAttention))
-    return {name: module for name, module in attentions if module.layer_type == "nsa"}
-
-
-def _projection_pairs(name: str, layer: NSASelfAttention, fused: Tensor, dense: Tensor) -> Iterator[tuple[Tensor, Tensor, float]]:
+def _projection_steps(name: str, layer: NSASelfAttention, fused: Tensor, dense: Tensor) -> Iterator[tuple[Tensor, Tensor, float]]:
     """Of the fused projection: both are laid out group by group, queries first, the dense one with a single key and value."""
-    queries, *pairs, _ = fused.unflatten(0, (layer.num_groups, -1)).split(layer.group_widths, dim=1)
+    queries, *pairs, gates = fused.unflatten(0, (layer.num_groups, -1)).split(layer.group_widths, dim=1)
     widths = layer.group_widths[:3]
     fitting = (layer.num_groups * sum(widths), *fused.shape[1:])
     if dense.shape != fitting:
@@ -81,3 +92,36 @@ def _projection_pairs(name: str, layer: NSASelfAttention, fused: Tensor, dense: 
     yield queries, dense_queries, 1.0
     for index, target in enumerate(pairs):
         yield target, pair[index % 2], 1.0
+    yield gates, gates, 0.0
+
+
+def _num_open_branches(layer: NSASelfAttention) -> int:
+    return 1 + layer.selected_is_open + (layer.settings.nsa.window_size > 0)
+
+
+def _attentions(chunk: Module) -> dict[str, NSASelfAttention]:
+    return {name: module for name, module in chunk.named_modules() if isinstance(module, NSASelfAttention)}
+
+
+def _check_settings(chunk: Module, dense: Module) -> None:
+    ours, theirs = chunk.config, dense.config
+    for name in _EQUAL:
+        own, other = getattr(ours, name), getattr(theirs, name)
+        if own != other:
+            raise ValueError(f"{name} = {own}, and {other} in the dense model; {_BUILD_ALIKE}")
+    for name, accepted, why in FIXED_FIELDS:
+        other = getattr(theirs, name, accepted)
+        if name in _ACCEPTED and other != accepted:
+            raise ValueError(f"the dense model has {name} = {other!r}, which NSA layers do not carry out: {why}")
+    own, other = (None if rotary is None else rotary.percent for rotary in map(_rotary, (chunk, dense)))
+    if _attentions(chunk) and own != other:
+        raise ValueError(f"rotary percent = {own}, and {other} in the dense model (None: no rotation); {_BUILD_ALIKE}")
+
+
+def _rotary(chunk: Module) -> RotaryConfig | None:
+    """Of a model with this library's layers, or of Megatron's own."""
+    for layer in _attentions(chunk).values():
+        return layer.settings.rotary
+    if getattr(chunk, "position_embedding_type", "none") != "rope":
+        return None
+    return RotaryConfig(base=chunk.rotary_base, percent=chunk.rotary_percent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -226,6 +227,16 @@ class RunConfig(Section):
                 shape.pop("nsa.compress_block_size")
         shape["vocab_size"] = self.data.vocab_size
         return shape
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], section: str = "") -> Iterator[str]:
+    """``name: old -> new`` of every setting that differs, sections joined by dots."""
+    for key in dict.fromkeys((*before, *now)):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from differences(old, new, f"{section}{key}.")
+        elif old != new:
+            yield f"{section}{key}: {old} -> {new}"
 
 
 _SHAPE_KEYS = (

@@ -37,7 +37,14 @@ from nsa_cp.training.evaluate import bits_per_byte, validation_loss
 from nsa_cp.training.files import write_atomically
 from nsa_cp.training.forward import run_schedule
 from nsa_cp.training.indexed import IndexedSource
-from nsa_cp.training.manifest import check_compatible, check_initial, find_initial, find_latest, read_manifest
+from nsa_cp.training.manifest import (
+    changed_settings,
+    check_compatible,
+    check_initial,
+    find_initial,
+    find_latest,
+    read_manifest,
+)
 from nsa_cp.training.metrics import Reporter, agree
 from nsa_cp.training.run_folder import RunFolder, read_metrics
 from nsa_cp.training.sample import sample_text
@@ -187,9 +194,9 @@ def _run(plan: Plan, *, overwrite: bool) -> dict[str, Any] | None:
         path, manifest = plan.checkpoint
         load_checkpoint(path, trainer.chunks, trainer.optimizer, manifest=manifest)
         progress = Progress(manifest["step"], manifest["consumed_samples"], saved_step=manifest["step"])
-    elif plan.initial is not None:
-        _take_weights(trainer, *plan.initial)
     _close_selected_until_due(trainer, progress.step)
+    if plan.initial is not None:
+        _take_weights(trainer, *plan.initial)
     # Forming the groups was a collective, so every process has looked at the folder before the first one changes it.
     changes: list[str] = []
     if first:
@@ -205,6 +212,8 @@ def _run(plan: Plan, *, overwrite: bool) -> dict[str, Any] | None:
     reporter.say(_headline(trainer, plan, progress))
     if changes:
         reporter.say(f"settings that differ from those before: {'; '.join(changes)}")
+    if plan.initial is not None and (changes := changed_settings(plan.initial[1], config)):
+        reporter.say(f"settings that differ from the checkpoint's: {'; '.join(changes)}")
     with contextlib.closing(reporter), StopRequest() as stop:
         stopped = _train_steps(trainer, plan, progress, reporter, stop)
         if stopped:
@@ -216,15 +225,28 @@ def _run(plan: Plan, *, overwrite: bool) -> dict[str, Any] | None:
 
 
 def _take_weights(trainer: Trainer, path: Path, manifest: dict[str, Any]) -> None:
-    """Begin with a checkpoint's weights, other kinds of attention turned into this run's. Collective."""
+    """Begin with a checkpoint's weights, other kinds of attention turned into this run's. Collective.
+
+    Raises:
+        UserError: processes have found different checkpoints, since the run that writes them has gone on meanwhile.
+    """
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, path.name)
+    if len(set(found)) > 1:
+        raise UserError(
+            f"processes found different newest checkpoints, {' and '.join(sorted(set(found)))}, in train.init_from = "
+            f"{trainer.config.train.init_from}; give one checkpoint's folder"
+        )
     config, kinds = trainer.config, manifest["model"]["layer_pattern"]
     if kinds == list(config.layer_kinds):
         load_checkpoint(path, trainer.chunks, None, manifest=manifest)
     else:
         model = config.model.model_copy(update={"layer_pattern": kinds})
-        before = build_trainer(config.model_copy(update={"model": model}), trainer.device, for_training=False)
-        load_checkpoint(path, before.chunks, None, manifest=manifest)
-        copy_dense_weights(trainer.chunks, before.chunks)
+        # Window layers want a window of at least 1; no weight depends on it.
+        nsa = config.nsa.model_copy(update={"window_size": max(1, config.nsa.window_size)})
+        dense = build_trainer(config.model_copy(update={"model": model, "nsa": nsa}), trainer.device, for_training=False)
+        load_checkpoint(path, dense.chunks, None, manifest=manifest)
+        copy_dense_weights(trainer.chunks, dense.chunks)
     trainer.optimizer.reload_model_params()  # main weights of their own, where it has them, follow the model's
 
 

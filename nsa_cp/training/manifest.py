@@ -11,14 +11,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nsa_cp.training.config import RunConfig, TrainSection
+from nsa_cp.training.config import RunConfig, TrainSection, differences
 from nsa_cp.training.errors import UserError
 
 MANIFEST = "nsa_cp_manifest.json"
 LATEST = "latest"
 CHECKPOINTS = "checkpoints"
 _FORMAT, _VERSION = "nsa_cp checkpoint", 1
-_PATTERN = "model shape layer_pattern"
 _STATES = {True: "closed", False: "open"}
 
 
@@ -43,6 +42,7 @@ def describe(path: Path, config: RunConfig, *, step: int, consumed_samples: int,
         "seed": config.seed,
         "selected_from_step": config.train.selected_from_step,
         "data": config.data.model_dump(mode="json"),
+        "settings": _settings(config),
         "files": {str(item.relative_to(path)): item.stat().st_size for item in files},
     }
 
@@ -78,15 +78,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise UserError(f"checkpoint {path} does not exist; give the folder of a checkpoint")
     if not file.is_file():
-        raise UserError(f"{path} is not a checkpoint of nsa-cp: it has no {MANIFEST}; resume from one that nsa-cp train wrote")
+        raise UserError(f"{path} is not a checkpoint of nsa-cp: it has no {MANIFEST}; use one that nsa-cp train wrote")
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"checkpoint {path} is damaged: {MANIFEST} is not valid JSON; resume from another checkpoint") from error
+        raise UserError(f"checkpoint {path} is damaged: {MANIFEST} is not valid JSON; use another checkpoint") from error
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
-        raise UserError(
-            f"{path} is not a checkpoint of nsa-cp: {MANIFEST} has another format; resume from one that nsa-cp train wrote"
-        )
+        raise UserError(f"{path} is not a checkpoint of nsa-cp: {MANIFEST} has another format; use one that nsa-cp train wrote")
     if manifest.get("version") != _VERSION:
         raise UserError(
             f"checkpoint {path} has version {manifest.get('version')}, and this nsa-cp reads version {_VERSION}; "
@@ -98,7 +96,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         if found != size:
             what = "is missing" if found is None else f"has {found} bytes"
             raise UserError(
-                f"checkpoint {path} is truncated: {name} {what} where {size} bytes were written; resume from another checkpoint"
+                f"checkpoint {path} is truncated: {name} {what} where {size} bytes were written; use another checkpoint"
             )
     return manifest
 
@@ -128,6 +126,12 @@ def check_compatible(manifest: dict[str, Any], config: RunConfig, path: Path, *,
     _check_selected_branch(manifest, config, path)
 
 
+def changed_settings(manifest: dict[str, Any], config: RunConfig) -> list[str]:
+    """Settings of the model and its attention in which a run differs from the one that wrote a checkpoint, each with both values;
+    none where the checkpoint does not have them."""
+    return list(differences(manifest.get("settings") or _settings(config), _settings(config)))
+
+
 def find_initial(init_from: str, run_dir: Path) -> Path:
     """The checkpoint that ``train.init_from`` means: a checkpoint's folder, or a run's, of which it is the newest.
 
@@ -139,6 +143,8 @@ def find_initial(init_from: str, run_dir: Path) -> Path:
         raise UserError(
             f"train.init_from = {init_from} is the run {run_dir} itself; go on with --resume, or choose another name="
         )
+    if not given.is_dir():
+        raise UserError(f"train.init_from = {init_from} does not exist; give the folder of a run or of a checkpoint")
     if (given / MANIFEST).is_file():
         return given
     if (given / CHECKPOINTS / LATEST).is_file():
@@ -157,10 +163,7 @@ def check_initial(manifest: dict[str, Any], config: RunConfig, path: Path) -> No
         UserError: naming all settings that differ, with both values.
     """
     kinds = manifest["model"]["layer_pattern"]
-    becomes = zip(kinds, config.layer_kinds, strict=False)
-    fits = all(saved != "nsa" or wanted == "nsa" for saved, wanted in becomes)
-    shapes = _shape_pairs(manifest["model"], config.model_shape())
-    pairs = [pair for pair in shapes if not (fits and pair[0] == _PATTERN)]
+    pairs = list(_shape_pairs(manifest["model"], config.model_shape(), dense_may_change=True))
     pairs.append(("train.dtype", manifest["optimizer"].get("train.dtype"), config.train.dtype))
     _refuse_differences(pairs, path, "begin with", "or without train.init_from")
     was_closed, now = _was_closed(manifest), config.train.selected_is_closed(0)
@@ -172,14 +175,20 @@ def check_initial(manifest: dict[str, Any], config: RunConfig, path: Path) -> No
         )
 
 
-def _shape_pairs(saved: dict[str, Any], wanted: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """What both model shapes have: a setting that only one has (of a compressor, of NSA) goes with one that differs."""
+def _shape_pairs(
+    saved: dict[str, Any], wanted: dict[str, Any], *, dense_may_change: bool = False
+) -> Iterator[tuple[str, Any, Any]]:
+    """What both model shapes have: a setting that only one has (of a compressor, of NSA) goes with one that differs.
+
+    Args:
+        dense_may_change: let layers of kinds other than ``nsa`` be of any kind.
+    """
     for key, value in wanted.items():
         if key in saved and key != "layer_pattern":
             yield f"model shape {key}", saved[key], value
     pairs = zip(saved["layer_pattern"], wanted["layer_pattern"], strict=False)
-    if any(a != b for a, b in pairs):
-        yield _PATTERN, saved["layer_pattern"], wanted["layer_pattern"]
+    if any(a != b and not (dense_may_change and a != "nsa") for a, b in pairs):
+        yield "model shape layer_pattern", saved["layer_pattern"], wanted["layer_pattern"]
 
 
 def _refuse_differences(pairs: Iterable[tuple[str, Any, Any]], path: Path, go_on: str, otherwise: str) -> None:
@@ -209,6 +218,10 @@ def _check_selected_branch(manifest: dict[str, Any], config: RunConfig, path: Pa
 
 def _was_closed(manifest: dict[str, Any]) -> bool:
     return TrainSection(selected_from_step=manifest.get("selected_from_step", 0)).selected_is_closed(manifest["step"])
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    return {name: getattr(config, name).model_dump(mode="json") for name in ("model", "nsa")}
 
 
 def _optimizer_kind(config: RunConfig) -> dict[str, Any]:

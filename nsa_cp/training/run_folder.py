@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from nsa_cp.training.config import RunConfig
+from nsa_cp.training.config import RunConfig, differences
 from nsa_cp.training.errors import UserError
 from nsa_cp.training.files import write_atomically
 from nsa_cp.training.manifest import CHECKPOINTS, LATEST
@@ -64,7 +63,7 @@ class RunFolder:
         changes = []
         if self.config.is_file():
             before = self.config.read_text(encoding="utf-8")
-            changes = list(_differences(_settings(before), config.model_dump(mode="json")))
+            changes = list(differences(_settings(before), config.model_dump(mode="json")))
             if changes:
                 write_atomically(self.path / f"config_before_{len(self._earlier_configs()) + 1}.yaml", before)
         write_atomically(self.config, config.to_yaml())
@@ -112,13 +111,3 @@ def _settings(text: str) -> dict[str, Any]:
     except yaml.YAMLError:
         found = None
     return found if isinstance(found, dict) else {}
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any], section: str = "") -> Iterator[str]:
-    """``name: old -> new`` of every setting that differs, sections joined by dots."""
-    for key in dict.fromkeys((*before, *now)):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new, f"{section}{key}.")
-        elif old != new:
-            yield f"{section}{key}: {old} -> {new}"

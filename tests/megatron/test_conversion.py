@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import megatron_harness as harness
 import pytest
@@ -70,16 +70,15 @@ def _megatron_model(dense: Model, parallel: Parallel) -> Any:
 
 @torch.no_grad()
 def _silence_all_but_what_dense_attention_has(model: Any) -> None:
-    """Gates of exactly one half, and compressed values of exactly 0: what is left is selected and window branch, each half of
-    what dense attention gives, times 2/3 for a third branch."""
+    """Compressed values of exactly 0: what is left is selected and window branch, each half of what dense attention gives, times
+    2/3 for a third branch."""
     for layer in model.decoder.layers:
         attention = layer.self_attention
         if attention.layer_type != "nsa":
             continue
         for rows in (attention.linear_qkv.weight, attention.linear_qkv.bias):
-            _, *pairs, gates = rows.unflatten(0, (attention.num_groups, -1)).split(attention.group_widths, dim=1)
-            gates.zero_()
-            pairs[1].zero_()
+            _, _, compressed_values, *_ = rows.unflatten(0, (attention.num_groups, -1)).split(attention.group_widths, dim=1)
+            compressed_values.zero_()
         attention.linear_proj.weight.mul_(1.5)
 
 
@@ -98,52 +97,113 @@ def test_a_query_that_does_not_see_everything_differs(workers: Workers) -> None:
     assert relative_error(sparse, dense) > 1e-2
 
 
-def _converted(
-    rank: int, world: int, sparse: Model, dense: Model
-) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], str | None]:
-    """Parameters before and after, and the refusal."""
-    from nsa_cp.megatron import copy_dense_weights
+class Change(NamedTuple):
+    """A parameter before and after, and the dense model's of that name."""
+
+    before: torch.Tensor
+    after: torch.Tensor
+    dense: torch.Tensor | None
+
+
+def _converted(rank: int, world: int, sparse: Model, dense: Model, closed: bool = False) -> tuple[dict[str, Change], str | None]:
+    """All parameters, and the refusal."""
+    from nsa_cp.megatron import close_selected_branches, copy_dense_weights
 
     parallel, message = Parallel(tp=world), None
     with harness.megatron(parallel):
         source, model = (harness.build(each, parallel)[1] for each in (dense, sparse))
+        if closed:
+            close_selected_branches(model)
         before = {name: parameter.detach().clone() for name, parameter in model[0].named_parameters()}
+        given = {name: parameter.detach() for name, parameter in source[0].named_parameters()}
         try:
             copy_dense_weights(model, source)
         except ValueError as error:
             message = str(error)
-        return {name: (before[name], parameter.detach()) for name, parameter in model[0].named_parameters()}, message
+        after = ((name, parameter.detach()) for name, parameter in model[0].named_parameters())
+        return {name: Change(before[name], parameter, given.get(name)) for name, parameter in after}, message
 
 
 @pytest.mark.parametrize("sparse", [SPARSE, SPARSE.with_nsa(shared_kv=True, gate="branch")], ids=["independent", "shared"])
-def test_gates_and_compressors_stay_and_all_else_is_taken(workers: Workers, sparse: Model) -> None:
+def test_compressors_stay_gates_become_one_half_and_all_else_is_taken(workers: Workers, sparse: Model) -> None:
     ((found, message),) = workers(1).run(_converted, sparse, DENSE)
     assert message is None
-    kept = {name for name, (before, after) in found.items() if torch.equal(before, after) and before.std() > 0}
-    assert kept == {name for name in found if ("core_attention" in name or "linear_gate" in name) and found[name][0].std() > 0}
-    name = "decoder.layers.0.self_attention.linear_qkv.weight"
+    drawn = {name for name, change in found.items() if change.before.std() > 0}
+    assert {name for name in drawn if torch.equal(*found[name][:2])} == {name for name in drawn if "core_attention" in name}
     pairs = 1 if sparse.nsa.shared_kv else 3
-    queries, *branches = found[name][1].unflatten(0, (4, -1)).split([16, *[16] * pairs, *([6] if pairs == 3 else [])], dim=1)
-    assert all(torch.equal(branch, branches[0]) for branch in branches[:pairs])
-    if pairs == 3:
-        assert torch.equal(branches[3], found[name][0].unflatten(0, (4, -1))[:, -6:])
+    for layer, kind in enumerate(PATTERN):
+        prefix = f"decoder.layers.{layer}.self_attention."
+        _, after, dense = found[f"{prefix}linear_proj.weight"]
+        torch.testing.assert_close(after, dense / 1.5 if kind == "nsa" else dense)
+        if kind != "nsa":
+            continue
+        _, after, dense = found[f"{prefix}linear_qkv.weight"]
+        queries, *branches = after.unflatten(0, (4, -1)).split([16, *[16] * pairs, *([6] if pairs == 3 else [])], dim=1)
+        assert all(torch.equal(torch.cat([queries, branch], 1).flatten(0, 1), dense) for branch in branches[:pairs])
+        assert not (branches[3] if pairs == 3 else found[f"{prefix}linear_gate.weight"].after).any()
+
+
+def test_layers_that_are_nsa_already_are_taken_as_they_are(workers: Workers) -> None:
+    half_way = SPARSE.with_extra(layer_pattern=("full", "full", "full", "nsa"))
+    ((found, message),) = workers(1).run(_converted, SPARSE, half_way)
+    assert message is None
+    trained = [name for name in found if name.startswith("decoder.layers.3.")]
+    assert any("core_attention" in name for name in trained) and all(
+        torch.equal(found[name].after, found[name].dense) for name in trained
+    )
+    assert not torch.equal(*found["decoder.layers.0.self_attention.linear_proj.weight"][1:])
+
+
+@pytest.mark.parametrize(("sparse", "gates"), [(SPARSE.with_nsa(window_size=0), 1.0), (SPARSE, 1.5)])
+def test_only_branches_that_are_open_count(workers: Workers, sparse: Model, gates: float) -> None:
+    sparse = sparse.with_extra(layer_pattern=("nsa",))
+    for closed, total in ((False, gates), (True, gates - 0.5)):
+        ((found, _),) = workers(1).run(_converted, sparse, DENSE, closed)
+        _, after, dense = found["decoder.layers.0.self_attention.linear_proj.weight"]
+        torch.testing.assert_close(after, dense / total)
 
 
 @pytest.mark.parametrize(
     ("dense", "message"),
     [
-        (DENSE.with_extra(hidden_size=64), r"shape \(.*32\), and \(.*64\) in the dense model"),
+        (DENSE.with_extra(hidden_size=64), r"shape \(.*32\), and \(.*64\) in the dense model; build both with the same settings"),
+        (
+            DENSE.with_extra(num_attention_heads=4, num_query_groups=2, kv_channels=16, v_channels=16),
+            "num_attention_heads = 8, and 4 in the dense model",
+        ),
+        (DENSE.with_extra(rotary=None), "rotary percent = 1.0, and None in the dense model"),
         (
             DENSE.with_extra(v_channels=4),
             r"linear_qkv.weight of the dense .* shape \(112, 32\); this size takes \(128, 32\)",
         ),
-        (DENSE.with_extra(add_qkv_bias=False), "the dense model has no .*linear_qkv.bias; it must be the same model but for"),
+        (DENSE.with_extra(add_qkv_bias=False), "the dense model has no .*linear_qkv.bias; build both"),
         (DENSE.with_extra(add_bias_linear=True), "the dense model has .*bias, for which this one has no place"),
         (replace(DENSE, num_layers=3), "the dense model has no decoder.layers.3"),
     ],
-    ids=["width", "value-width", "bias", "more-biases", "layers"],
+    ids=["width", "heads", "rotation", "value-width", "bias", "more-biases", "layers"],
 )
 def test_models_that_do_not_fit_are_refused_and_left_alone(workers: Workers, dense: Model, message: str) -> None:
     ((found, told),) = workers(1).run(_converted, SPARSE, dense)
     assert re.search(message, str(told)), told
-    assert all(torch.equal(before, after) for before, after in found.values())
+    assert all(torch.equal(change.before, change.after) for change in found.values())
+
+
+def _megatrons_refusals(rank: int, world: int) -> list[str]:
+    from nsa_cp.megatron import copy_dense_weights
+
+    told = []
+    with harness.megatron(Parallel()):
+        for name, value in (("rotary_interleaved", True), ("qk_l2_norm", True), ("softmax_scale", 0.5)):
+            source = _megatron_model(DENSE, Parallel())
+            setattr(source.config, name, value)
+            _, model = harness.build(SPARSE, Parallel())
+            with pytest.raises(ValueError) as caught:
+                copy_dense_weights(model, [source])
+            told.append(str(caught.value))
+    return told
+
+
+def test_what_megatron_can_and_nsa_does_not_is_refused(workers: Workers) -> None:
+    (told,) = workers(1).run(_megatrons_refusals)
+    names = ("rotary_interleaved = True", "qk_l2_norm = True", "softmax_scale = 0.5")
+    assert all(message.startswith(f"the dense model has {name}, which NSA") for message, name in zip(told, names, strict=True))

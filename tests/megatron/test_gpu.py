@@ -128,7 +128,7 @@ def test_a_branch_without_gradient_is_noticed(
 
 
 def test_gradual_opening_drops_the_same_tokens_under_recompute_and_with_either_backend(train: Callable[..., list[float]]) -> None:
-    """Other draws would show at once: an eighth of the steps has half of the tokens or more without their selected branch."""
+    """In nine of the 24 steps half of the tokens or more are without their selected branch."""
     gradual, steps = "train.selected_opening_steps=16", 24
     losses = train("triton", gradual, steps=steps)
     assert train("triton", gradual, "train.recompute=full", steps=steps) == losses

@@ -53,13 +53,14 @@ def test_the_same_sources_give_the_same_text_and_others_another(site: Path) -> N
 
 
 def test_stages_train_on_their_own_lengths_and_all_are_judged_on_the_last(site: Path) -> None:
-    schedule = (Stage(1, 6, 32), Stage(1, 3, 64))
+    schedule = (Stage(1, 5, 32), Stage(1, 3, 64))
     task = LanguageTask(corpus=build_corpus(site, 80_000), schedule=schedule, valid_batches=1, test_batches=1)
-    for number, stage in enumerate(schedule):
-        tokens = task.draw(number, np.random.default_rng(0)).tokens
-        assert tokens.shape == (192,) and stage.layout.cu_seqlens[1] == stage.length
+    for number, (count, length) in enumerate(((5, 32), (3, 64))):
+        batch = task.draw(number, np.random.default_rng(0))
+        tokens, answers = batch.tokens.reshape(count, length), batch.answers.reshape(count, length)
+        assert (tokens[:, 1:] == answers[:, :-1]).all() and (tokens[1:, 0] != answers[:-1, -1]).any()
         (group,) = task.valid(number)
-        assert group.layout == schedule[-1].layout and len(group.batches[0].tokens) == 192
+        assert group.layout == schedule[1].layout and len(group.batches[0].tokens) == 192
 
 
 def test_targets_are_the_next_bytes_and_trailing_tokens_the_last_quarter(site: Path) -> None:

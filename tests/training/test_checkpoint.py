@@ -61,7 +61,7 @@ def test_a_truncated_file(run: RunConfig, name: str) -> None:
     file = find_latest(run.run_dir / "checkpoints") / name
     size = file.stat().st_size
     file.write_bytes(file.read_bytes()[:-1])
-    refuse(run, f"is truncated: {name} has {size - 1} bytes where {size} bytes were written; resume from another checkpoint")
+    refuse(run, f"is truncated: {name} has {size - 1} bytes where {size} bytes were written; use another checkpoint")
 
 
 def test_a_missing_file(run: RunConfig) -> None:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_harness import metrics, rewind, snapshot, tiny_config, train_here
+from training_harness import evaluate_here, metrics, rewind, snapshot, tiny_config, train_here
 
 from nsa_cp.testing import DistributedPool
 from nsa_cp.training.config import RunConfig
 from nsa_cp.training.errors import UserError
 from nsa_cp.training.loop import prepare
-from nsa_cp.training.manifest import MANIFEST
+from nsa_cp.training.manifest import MANIFEST, changed_settings
 
 pytestmark = pytest.mark.distributed
 
@@ -68,19 +68,48 @@ def test_any_layout_and_length_and_an_older_checkpoint(tmp_path: Path, workers: 
 
 
 def test_full_attention_becomes_another_kind(tmp_path: Path, workers: Workers) -> None:
-    """A window that sees everything is full attention; NSA, which is not, begins with what the dense model knows."""
-    dense = finished(workers, tmp_path, "model.layer_pattern=[full]", "train.dtype=bf16")
-    losses = {}
-    for kind, world, parallel in (("window", 1, ()), ("nsa", 2, ("parallel.tensor=2",))):
-        overrides = (f"name={kind}", f"model.layer_pattern=[{kind}]", "train.dtype=bf16", "nsa.window_size=64", *parallel)
+    """A window that sees everything is full attention, and a layer that is NSA already stays as it is; NSA, which is neither,
+    begins with what the dense model knows."""
+    dense = finished(workers, tmp_path, "model.layer_pattern=[full, nsa]", "train.dtype=bf16", "nsa.window_size=64")
+    losses, common = {}, ("train.dtype=bf16", "nsa.window_size=64")
+    for name, pattern, world, parallel in (
+        ("same", "[window, nsa]", 2, ("parallel.distributed_optimizer=true",)),
+        ("pipeline", "[window, nsa]", 2, ("parallel.pipeline=2",)),
+        ("sparse", "[nsa]", 2, ("parallel.tensor=2",)),
+    ):
+        overrides = (f"name={name}", f"model.layer_pattern={pattern}", *common, *parallel)
         config = longer(tmp_path, dense.run_dir, *STANDING, *overrides)
         workers(world).run(train_here, config)
-        losses[kind] = metrics(config, "val_loss")[0][0]
+        losses[name] = metrics(config, "val_loss")[0][0]
     untrained, expected = metrics(dense, "loss")[0][0], metrics(dense, "val_loss")[-1][0]
-    assert losses["window"] == pytest.approx(expected, rel=1e-3)
-    assert losses["nsa"] == pytest.approx(expected, abs=0.2 * (untrained - expected))
-    assert prepare(longer(tmp_path, dense.run_dir, "name=later", "train.dtype=bf16", "train.selected_from_step=2")).initial
-    refuse(longer(tmp_path, tmp_path / "window", "train.dtype=fp32"), "train.dtype = bf16, but the configuration has fp32")
+    assert losses["same"] == pytest.approx(expected, rel=1e-3) and losses["pipeline"] == pytest.approx(expected, rel=1e-3)
+    assert losses["sparse"] == pytest.approx(expected, abs=0.2 * (untrained - expected))
+    refuse(longer(tmp_path, tmp_path / "same", "train.dtype=fp32"), "train.dtype = bf16, but the configuration has fp32")
+
+
+def test_a_dense_model_may_lose_its_window_and_begin_with_the_selected_branch_closed(tmp_path: Path, workers: Workers) -> None:
+    dense = finished(workers, tmp_path, "model.layer_pattern=[window, full]", "train.steps=1")
+    for overrides in (("nsa.window_size=0",), ("train.selected_from_step=1",)):
+        config = longer(tmp_path, dense.run_dir, *STANDING, f"name=of_{overrides[0][-1]}", *overrides)
+        workers(1).run(train_here, config)
+        assert metrics(config, "val_loss")[0][0] == pytest.approx(metrics(dense, "val_loss")[0][0], rel=0.02)
+
+
+def _train_from_another_step_on_each_rank(rank: int, world_size: int, config: RunConfig) -> None:
+    from nsa_cp.training import loop
+
+    steps = Path(config.train.init_from) / "checkpoints"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "find_initial", lambda init_from, run_dir: steps / f"step_0000000{2 + 2 * rank}")
+        train_here(rank, world_size, config)
+
+
+def test_processes_that_find_different_checkpoints_stop(tmp_path: Path, workers: Workers, short: RunConfig) -> None:
+    """As happens if the other run saves another one meanwhile."""
+    config = longer(tmp_path, short.run_dir, "parallel.context=2")
+    with pytest.raises(UserError, match="different newest checkpoints, step_00000002 and step_00000004, in train.init_from = "):
+        workers(2).run(_train_from_another_step_on_each_rank, config)
+    assert not config.run_dir.exists()
 
 
 def test_a_resumed_run_does_without_the_other(tmp_path: Path, workers: Workers, short: RunConfig) -> None:
@@ -91,6 +120,7 @@ def test_a_resumed_run_does_without_the_other(tmp_path: Path, workers: Workers, 
     uncut = metrics(config, *COLUMNS)
     assert uncut[0] != metrics(short, *COLUMNS)[0]
     shutil.rmtree(source)
+    assert workers(1).run(evaluate_here, config, 4) == [uncut[3][5]]
     rewind(config, 2)
     workers(1).run(train_here, config, resume=True)
     assert metrics(config, *COLUMNS) == uncut
@@ -130,10 +160,18 @@ def test_a_branch_that_is_still_closed_is_opened_by_the_new_run(tmp_path: Path, 
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path, short: RunConfig) -> None:
-    refuse(longer(tmp_path, tmp_path / "nothing"), "nothing is neither a checkpoint .* nor a run with one")
+    refuse(longer(tmp_path, tmp_path / "nothing"), "train.init_from = .*nothing does not exist; give the folder of a run or")
+    (tmp_path / "empty").mkdir()
+    refuse(longer(tmp_path, tmp_path / "empty"), "empty is neither a checkpoint .* nor a run with one")
     own = tiny_config(short.runs_dir, "name=short", f"train.init_from={short.run_dir / 'checkpoints' / 'step_00000002'}")
     refuse(own, "step_00000002 is the run .*short itself; go on with --resume, or choose another name=", overwrite=True)
     damaged = tmp_path / "damaged"
     shutil.copytree(short.run_dir, damaged)
     (damaged / "checkpoints" / "step_00000004" / "common.pt").unlink()
     refuse(longer(tmp_path, damaged), "is truncated: common.pt is missing")
+
+
+def test_other_settings_than_the_checkpoints_are_said(tmp_path: Path, short: RunConfig) -> None:
+    plan = prepare(longer(tmp_path, short.run_dir, "model.rotary_percent=0.5", "nsa.num_selected_blocks=5", "train.lr=1e-3"))
+    changes = changed_settings(plan.initial[1], plan.config)
+    assert changes == ["model.rotary_percent: 1.0 -> 0.5", "nsa.num_selected_blocks: 4 -> 5"]
