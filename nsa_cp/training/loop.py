@@ -3,96 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import math
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
-from nsa_cp.context_parallel import count_traffic
-from nsa_cp.megatron import (
-    check_apex,
-    close_selected_branches,
-    copy_dense_weights,
-    open_selected_branches,
-    set_selected_dropout,
-)
-from nsa_cp.training import plots
+from nsa_cp.megatron import close_selected_branches, copy_dense_weights, open_selected_branches
 from nsa_cp.training.checkpoint import load_checkpoint, save_checkpoint
 from nsa_cp.training.config import RunConfig
-from nsa_cp.training.config_checks import check_world
-from nsa_cp.training.data import SampleSource, load_text, train_batches
-from nsa_cp.training.device import choose_device
-from nsa_cp.training.errors import UserError, as_user_error
+from nsa_cp.training.errors import UserError
 from nsa_cp.training.evaluate import bits_per_byte, validation_loss
-from nsa_cp.training.files import write_atomically
-from nsa_cp.training.forward import run_schedule
 from nsa_cp.training.indexed import IndexedSource
-from nsa_cp.training.manifest import (
-    changed_settings,
-    check_compatible,
-    check_initial,
-    find_initial,
-    find_latest,
-    read_manifest,
-)
-from nsa_cp.training.metrics import Reporter, agree
-from nsa_cp.training.run_folder import RunFolder, read_metrics
-from nsa_cp.training.sample import sample_text
-from nsa_cp.training.schedule import learning_rate, set_learning_rate
-from nsa_cp.training.setup import Launch, Trainer, build_trainer, close_processes, init_processes, seed_generators
+from nsa_cp.training.manifest import changed_settings, check_compatible, find_latest, read_manifest
+from nsa_cp.training.metrics import Reporter
+from nsa_cp.training.plan import Plan, prepare
+from nsa_cp.training.run_folder import RunFolder
+from nsa_cp.training.setup import Trainer, build_trainer, close_processes, init_processes
 from nsa_cp.training.signals import StopRequest
-
-
-@dataclass
-class Progress:
-    """How far a run is.
-
-    Attributes:
-        step: optimizer steps done.
-        consumed_samples: training sequences used: the position in the data.
-        wall_seconds: time spent training and validating, over all parts of a resumed run.
-        saved_step: step of the newest checkpoint, or None.
-        val_loss: validation loss after the last step, nats a token; None before.
-    """
-
-    step: int = 0
-    consumed_samples: int = 0
-    wall_seconds: float = 0.0
-    saved_step: int | None = None
-    val_loss: float | None = None
-
-
-@dataclass
-class Plan:
-    """What is known of a run before any process waits for another.
-
-    Attributes:
-        config: the run, its vocabulary size included.
-        launch: this process among the others.
-        device: this process's device.
-        source: the data.
-        folder: the run's folder.
-        checkpoint: checkpoint to go on from, with its manifest, or None.
-        initial: checkpoint with whose weights a new run begins, with its manifest, or None.
-    """
-
-    config: RunConfig
-    launch: Launch
-    device: torch.device
-    source: SampleSource
-    folder: RunFolder
-    checkpoint: tuple[Path, dict[str, Any]] | None = None
-    initial: tuple[Path, dict[str, Any]] | None = None
+from nsa_cp.training.step import Progress, train_step
+from nsa_cp.training.summary import finish
 
 
 def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:
@@ -113,60 +46,6 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
     plan = prepare(config, resume=resume, overwrite=overwrite)
     with processes(plan):
         return _run(plan, overwrite=overwrite)
-
-
-def prepare(config: RunConfig, *, resume: bool = False, overwrite: bool = False, for_training: bool = True) -> Plan:
-    """Check everything that can be wrong with the input. Local: no process group, no model, nothing on disk.
-
-    Args:
-        config: a resolved run.
-        resume: a checkpoint of the run is wanted.
-        overwrite: the run may replace one of the same name.
-        for_training: False for evaluation, which needs a checkpoint and starts no run.
-
-    Raises:
-        UserError: what is wrong, in one sentence.
-    """
-    launch = Launch.from_environment()
-    with as_user_error():
-        check_apex()
-    check_world(config, launch.world_size)
-    device = choose_device(config.train.device, launch.local_rank)
-    source = open_source(config)
-    if config.data.vocab_size is None:
-        config = config.model_copy(update={"data": config.data.model_copy(update={"vocab_size": source.vocab_size})})
-    folder = RunFolder(config.run_dir)
-    plan = Plan(config, launch, device, source, folder)
-    if for_training:
-        folder.check_start(resume=resume, overwrite=overwrite)
-    if resume:
-        path = find_latest(folder.checkpoints)
-        manifest = read_manifest(path)
-        check_compatible(manifest, config, path, same_data=True)
-        plan.checkpoint = (path, manifest)
-    elif for_training and config.train.init_from is not None:
-        path = find_initial(config.train.init_from, folder.path)
-        manifest = read_manifest(path)
-        check_initial(manifest, config, path)
-        plan.initial = (path, manifest)
-    return plan
-
-
-def open_source(config: RunConfig) -> SampleSource:
-    """The run's data, checked but not yet indexed.
-
-    Raises:
-        UserError: missing, unreadable or insufficient data.
-    """
-    if config.data.kind == "indexed":
-        source = IndexedSource(config.data, config.seed)
-        if source.vocab_size % config.parallel.tensor:
-            raise UserError(
-                f"the vocabulary of {source.vocab_size} tokens is not divisible by parallel.tensor = {config.parallel.tensor}; "
-                f"pad data.vocab_file or give data.vocab_size instead"
-            )
-        return source
-    return load_text(config.data, config.seed)
 
 
 @contextlib.contextmanager
@@ -221,7 +100,7 @@ def _run(plan: Plan, *, overwrite: bool) -> dict[str, Any] | None:
                 f"stopped by {stop.name or 'a signal to another process'} after step {progress.step}; go on with --resume"
             )
             return None
-        return _finish(trainer, plan, progress, reporter)
+        return finish(trainer, plan, progress, reporter)
 
 
 def _take_weights(trainer: Trainer, path: Path, manifest: dict[str, Any]) -> None:
@@ -288,67 +167,6 @@ def _open_selected_when_due(trainer: Trainer, step: int, reporter: Reporter) -> 
         reporter.say(f"selected branch opened after step {step}" + ("" if shared else ", with the window's keys and values"))
 
 
-def train_step(trainer: Trainer, source: SampleSource, progress: Progress, stop: StopRequest) -> dict[str, Any]:
-    """One optimizer step. Collective.
-
-    Returns:
-        The step's figures, equal on all processes but for times.
-
-    Raises:
-        UserError: the loss or the gradient is not finite.
-    """
-    train = trainer.config.train
-    if train.selected_opening_steps:
-        set_selected_dropout(trainer.chunks, train.selected_dropout(progress.step))
-        _seed_draws(trainer.config.seed, progress.step)
-    lr = learning_rate(progress.step, train)
-    set_learning_rate(trainer.optimizer, lr, train.weight_decay)
-    for chunk in trainer.wrapped:
-        chunk.zero_grad_buffer()
-    trainer.optimizer.zero_grad()
-    dp_rank, dp_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-
-    def batches() -> Iterator[dict[str, torch.Tensor]]:
-        return train_batches(
-            source,
-            progress.consumed_samples,
-            global_batch_size=train.global_batch_size,
-            micro_batch_size=train.micro_batch_size,
-            dp_rank=dp_rank,
-            dp_size=dp_size,
-        )
-
-    count = train.global_batch_size // (train.micro_batch_size * dp_size)
-    length = trainer.config.data.sequence_length
-    with count_traffic() as traffic:
-        losses = run_schedule(trainer, batches, count, sequence_length=length, rows=train.micro_batch_size, train=True)
-    _, grad_norm, _ = trainer.optimizer.step()
-    progress.step += 1
-    progress.consumed_samples += train.global_batch_size
-    row = agree(trainer, losses, traffic, stop=stop.name is not None)
-    norm = float(grad_norm)
-    if not (math.isfinite(row["loss"]) and math.isfinite(norm)):
-        raise UserError(
-            f"loss {row['loss']} and gradient norm {norm} at step {progress.step} are not finite; "
-            f"lower train.lr = {train.lr} and resume from the last checkpoint, or begin again with --overwrite"
-        )
-    return {
-        "step": progress.step,
-        "loss": row.pop("loss"),
-        "grad_norm": norm,
-        "lr": lr,
-        "consumed_samples": progress.consumed_samples,
-        **row,
-    }
-
-
-def _seed_draws(seed: int, step: int) -> None:
-    """What a step draws (``train.selected_opening_steps``) follows from seed, step, pipeline stage and data-parallel rank
-    alone: a resumed run draws as the uncut one, and tensor- and context-parallel ranks draw alike."""
-    stage, dp_rank = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_data_parallel_rank()
-    seed_generators(int(np.random.SeedSequence([seed, step, stage, dp_rank]).generate_state(1)[0]))
-
-
 def _save(trainer: Trainer, folder: RunFolder, progress: Progress) -> None:
     if progress.saved_step == progress.step:
         return
@@ -361,69 +179,6 @@ def _save(trainer: Trainer, folder: RunFolder, progress: Progress) -> None:
         consumed_samples=progress.consumed_samples,
     )
     progress.saved_step = progress.step
-
-
-def _finish(trainer: Trainer, plan: Plan, progress: Progress, reporter: Reporter) -> dict[str, Any] | None:
-    """Sample, pictures and summary of a complete run. Collective."""
-    config, folder, source = trainer.config, plan.folder, plan.source
-    # A run that is resumed after its last step has nothing left to train and validates here.
-    val_loss = validation_loss(trainer, source) if progress.val_loss is None else progress.val_loss
-    text = sample_text(trainer, source) if config.sample.tokens else None
-    choices = plots.collect_choices(trainer, source)
-    if not reporter.active:
-        return None
-    rows = read_metrics(folder.metrics)
-    summary = summarise(rows, val_loss, trainer, plan)
-    if text is not None:
-        folder.sample.write_text(text + "\n", encoding="utf-8")
-    plots.plot_loss(rows, summary["unigram_bits_per_byte"], source.bytes_per_token, folder.loss_plot)
-    if choices is not None:
-        plots.plot_choices(choices, folder.blocks_plot)
-    write_atomically(folder.summary, json.dumps(summary, indent=2) + "\n")
-    reporter.say(
-        f"done: validation {summary['val_bits_per_byte']:.4f} bits/byte, unigram entropy {summary['unigram_bits_per_byte']:.4f} "
-        f"(validation part {summary['unigram_bits_per_byte_validation']:.4f}), {summary['tokens_per_second']:,.0f} tokens/s, "
-        f"{summary['wall_seconds']:.0f} s; everything is in {folder.path}"
-    )
-    return summary
-
-
-def summarise(rows: list[dict[str, Any]], val_loss: float, trainer: Trainer, plan: Plan) -> dict[str, Any]:
-    """The figures of summary.json.
-
-    Args:
-        rows: metrics.jsonl, one mapping a step. The rate leaves out the first step, which warms up.
-        val_loss: final validation loss, nats a token.
-        trainer: the model.
-        plan: the run.
-    """
-    config, source = trainer.config, plan.source
-    whole, validation = source.unigram_bits_per_byte()
-    timed = rows[1:] or rows
-    seconds = sum(row["step_seconds"] for row in timed)
-    remote = [row["remote_block_fraction"] for row in rows if "remote_block_fraction" in row]
-    return {
-        "name": config.name,
-        "steps": config.train.steps,
-        "tokens": sum(row["tokens"] for row in rows),
-        "val_bits_per_byte": bits_per_byte(val_loss, source.bytes_per_token),
-        "val_loss": val_loss,
-        "train_loss": _mean([row["loss"] for row in rows[-20:]]),
-        "unigram_bits_per_byte": whole,
-        "unigram_bits_per_byte_validation": validation,
-        "wall_seconds": rows[-1]["wall_seconds"] if rows else 0.0,
-        "tokens_per_second": sum(row["tokens"] for row in timed) / seconds if seconds else 0.0,
-        "peak_memory_bytes": max((row["peak_memory_bytes"] for row in rows), default=0.0),
-        "remote_block_fraction": _mean(remote),
-        "num_parameters": trainer.num_parameters,
-        "world_size": plan.launch.world_size,
-        "device": torch.cuda.get_device_name() if plan.device.type == "cuda" else "cpu",
-        "torch_version": torch.__version__,
-    }
-
-
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 def _headline(trainer: Trainer, plan: Plan, progress: Progress) -> str:

@@ -56,8 +56,9 @@ class Gap:
 def train() -> Iterator[Callable[..., list[float]]]:
     """``train(backend, *overrides, nudge=False, steps=STEPS)``: the losses of a run, in process groups of this process alone."""
     from nsa_cp.training.config_load import build_config
-    from nsa_cp.training.loop import Progress, open_source, train_step
+    from nsa_cp.training.plan import open_source
     from nsa_cp.training.setup import Launch, build_trainer, close_processes, init_processes
+    from nsa_cp.training.step import Progress, train_step
 
     device = torch.device("cuda", 0)
 

@@ -14,8 +14,8 @@ from training_harness import snapshot, tiny_config, train_here
 from nsa_cp.testing import DistributedPool
 from nsa_cp.training.config import RunConfig
 from nsa_cp.training.errors import UserError
-from nsa_cp.training.loop import prepare
 from nsa_cp.training.manifest import MANIFEST, check_compatible, find_latest, read_manifest
+from nsa_cp.training.plan import prepare
 
 pytestmark = pytest.mark.distributed
 

@@ -47,12 +47,12 @@ def test_it_changes_the_run_and_leaves_the_gates_as_they_are(
 
 def _draw(rank: int, world_size: int, seed: int, step: int) -> float:
     from nsa_cp.megatron import cpu_compatibility
-    from nsa_cp.training.loop import _seed_draws
+    from nsa_cp.training.step import seed_draws
 
     with cpu_compatibility():
         parallel_state.initialize_model_parallel()
         try:
-            _seed_draws(seed, step)
+            seed_draws(seed, step)
             return float(torch.rand(()))
         finally:
             parallel_state.destroy_model_parallel()

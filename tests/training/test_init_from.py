@@ -14,8 +14,8 @@ from training_harness import evaluate_here, metrics, rewind, snapshot, tiny_conf
 from nsa_cp.testing import DistributedPool
 from nsa_cp.training.config import RunConfig
 from nsa_cp.training.errors import UserError
-from nsa_cp.training.loop import prepare
 from nsa_cp.training.manifest import MANIFEST, changed_settings
+from nsa_cp.training.plan import prepare
 
 pytestmark = pytest.mark.distributed
 
@@ -96,11 +96,11 @@ def test_a_dense_model_may_lose_its_window_and_begin_with_the_selected_branch_cl
 
 
 def _train_from_another_step_on_each_rank(rank: int, world_size: int, config: RunConfig) -> None:
-    from nsa_cp.training import loop
+    from nsa_cp.training import plan
 
     steps = Path(config.train.init_from) / "checkpoints"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "find_initial", lambda init_from, run_dir: steps / f"step_0000000{2 + 2 * rank}")
+        patch.setattr(plan, "find_initial", lambda init_from, run_dir: steps / f"step_0000000{2 + 2 * rank}")
         train_here(rank, world_size, config)
 
 

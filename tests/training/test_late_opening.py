@@ -15,7 +15,8 @@ from training_harness import evaluate_here, metrics, rewind, snapshot, tiny_conf
 from nsa_cp.testing import DistributedPool
 from nsa_cp.training.config import RunConfig, TrainSection
 from nsa_cp.training.errors import UserError
-from nsa_cp.training.loop import evaluate, prepare
+from nsa_cp.training.loop import evaluate
+from nsa_cp.training.plan import prepare
 
 pytestmark = pytest.mark.distributed
 

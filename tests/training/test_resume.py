@@ -13,7 +13,8 @@ import pytest
 from training_harness import close, metrics, rewind, tiny_config, train_here
 
 from nsa_cp.testing import DistributedPool
-from nsa_cp.training import checkpoint, loop
+from nsa_cp.training import checkpoint
+from nsa_cp.training import step as training_step
 from nsa_cp.training.config import RunConfig
 from nsa_cp.training.manifest import find_latest, read_manifest
 from nsa_cp.training.run_folder import RunFolder
@@ -87,7 +88,7 @@ def test_pipeline_checkpoints_resume_without_a_pipeline(tmp_path: Path, workers:
 
 def train_until_signal(rank: int, world_size: int, config: RunConfig, at_step: int) -> tuple[bool, str | None]:
     """Train; the last rank alone is sent SIGTERM during step ``at_step``. Returns whether it stopped, and the checkpoint."""
-    original = loop.run_schedule
+    original = training_step.run_schedule
     calls = 0
 
     def signalling(trainer: Any, *args: Any, train: bool, **kwargs: Any) -> Any:
@@ -97,13 +98,13 @@ def train_until_signal(rank: int, world_size: int, config: RunConfig, at_step: i
             os.kill(os.getpid(), signal.SIGTERM)
         return original(trainer, *args, train=train, **kwargs)
 
-    loop.run_schedule = signalling
+    training_step.run_schedule = signalling
     try:
         before = signal.getsignal(signal.SIGTERM)
         summary = train_here(rank, world_size, config)
         assert signal.getsignal(signal.SIGTERM) is before, "the handler must be put back"
     finally:
-        loop.run_schedule = original
+        training_step.run_schedule = original
     return summary is None, find_latest(config.run_dir / "checkpoints").name
 
 

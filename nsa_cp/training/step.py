@@ -1,0 +1,102 @@
+"""One optimizer step, and how far a run is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+
+from nsa_cp.context_parallel import count_traffic
+from nsa_cp.megatron import set_selected_dropout
+from nsa_cp.training.data import SampleSource, train_batches
+from nsa_cp.training.errors import UserError
+from nsa_cp.training.forward import run_schedule
+from nsa_cp.training.metrics import agree
+from nsa_cp.training.schedule import learning_rate, set_learning_rate
+from nsa_cp.training.setup import Trainer, seed_generators
+from nsa_cp.training.signals import StopRequest
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        step: optimizer steps done.
+        consumed_samples: training sequences used: the position in the data.
+        wall_seconds: time spent training and validating, over all parts of a resumed run.
+        saved_step: step of the newest checkpoint, or None.
+        val_loss: validation loss after the last step, nats a token; None before.
+    """
+
+    step: int = 0
+    consumed_samples: int = 0
+    wall_seconds: float = 0.0
+    saved_step: int | None = None
+    val_loss: float | None = None
+
+
+def train_step(trainer: Trainer, source: SampleSource, progress: Progress, stop: StopRequest) -> dict[str, Any]:
+    """One optimizer step. Collective.
+
+    Returns:
+        The step's figures, equal on all processes but for times.
+
+    Raises:
+        UserError: the loss or the gradient is not finite.
+    """
+    train = trainer.config.train
+    if train.selected_opening_steps:
+        set_selected_dropout(trainer.chunks, train.selected_dropout(progress.step))
+        seed_draws(trainer.config.seed, progress.step)
+    lr = learning_rate(progress.step, train)
+    set_learning_rate(trainer.optimizer, lr, train.weight_decay)
+    for chunk in trainer.wrapped:
+        chunk.zero_grad_buffer()
+    trainer.optimizer.zero_grad()
+    dp_rank, dp_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+
+    def batches() -> Iterator[dict[str, torch.Tensor]]:
+        return train_batches(
+            source,
+            progress.consumed_samples,
+            global_batch_size=train.global_batch_size,
+            micro_batch_size=train.micro_batch_size,
+            dp_rank=dp_rank,
+            dp_size=dp_size,
+        )
+
+    count = train.global_batch_size // (train.micro_batch_size * dp_size)
+    length = trainer.config.data.sequence_length
+    with count_traffic() as traffic:
+        losses = run_schedule(trainer, batches, count, sequence_length=length, rows=train.micro_batch_size, train=True)
+    _, grad_norm, _ = trainer.optimizer.step()
+    progress.step += 1
+    progress.consumed_samples += train.global_batch_size
+    row = agree(trainer, losses, traffic, stop=stop.name is not None)
+    norm = float(grad_norm)
+    if not (math.isfinite(row["loss"]) and math.isfinite(norm)):
+        raise UserError(
+            f"loss {row['loss']} and gradient norm {norm} at step {progress.step} are not finite; "
+            f"lower train.lr = {train.lr} and resume from the last checkpoint, or begin again with --overwrite"
+        )
+    return {
+        "step": progress.step,
+        "loss": row.pop("loss"),
+        "grad_norm": norm,
+        "lr": lr,
+        "consumed_samples": progress.consumed_samples,
+        **row,
+    }
+
+
+def seed_draws(seed: int, step: int) -> None:
+    """What a step draws (``train.selected_opening_steps``) follows from seed, step, pipeline stage and data-parallel rank
+    alone: a resumed run draws as the uncut one, and tensor- and context-parallel ranks draw alike."""
+    stage, dp_rank = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_data_parallel_rank()
+    seed_generators(int(np.random.SeedSequence([seed, step, stage, dp_rank]).generate_state(1)[0]))
