@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from nsa_cp.megatron.apex import check_apex
 from nsa_cp.megatron.config import AttentionSettings, settings_of
+from nsa_cp.megatron.cpu import check_cpu_config
 from nsa_cp.megatron.norm import RMSNorm
 from nsa_cp.megatron.self_attention import NSASelfAttention
 
@@ -34,10 +35,12 @@ def get_nsa_layer_spec(
         pp_rank: the pipeline stage; this process's when None.
 
     Raises:
-        ValueError: settings that NSA layers cannot follow, or a package called apex that is not NVIDIA's.
+        ValueError: settings that NSA layers cannot follow, or that need CUDA where there is none, or a package called apex that
+            is not NVIDIA's.
     """
     check_apex()
     settings_of(config, settings)
+    check_cpu_config(config)
     if pp_rank is None:
         staged = config.pipeline_model_parallel_size > 1
         pp_rank = parallel_state.get_pipeline_model_parallel_rank() if staged else 0

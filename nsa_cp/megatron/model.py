@@ -7,7 +7,6 @@ from typing import Any
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 from nsa_cp.megatron.config import NSATransformerConfig
-from nsa_cp.megatron.cpu import check_cpu_config
 from nsa_cp.megatron.layer_specs import get_nsa_layer_spec
 
 
@@ -46,7 +45,6 @@ def build_gpt_model(
         )
     if kwargs.pop("position_embedding_type", "none") != "none":
         raise ValueError('NSA layers rotate queries and keys by config.rotary; leave position_embedding_type at "none"')
-    check_cpu_config(config)
     pg_collection = kwargs.get("pg_collection")
     return GPTModel(
         config,

@@ -19,6 +19,7 @@ from nsa_cp.megatron import (
     check_cpu_config,
     check_sequence_length,
     cpu_compatibility,
+    get_nsa_layer_spec,
     has_apex,
     make_packed_seq_params,
     sequence_layout,
@@ -108,6 +109,8 @@ def test_cpu_settings_that_fail_or_go_wrong_are_refused() -> None:
         check_cpu_config(config())
         with pytest.raises(ValueError, match="use_cpu_initialization = False needs CUDA"):
             check_cpu_config(config(use_cpu_initialization=False))
+        with pytest.raises(ValueError, match="use_cpu_initialization = False needs CUDA"):
+            get_nsa_layer_spec(config(use_cpu_initialization=False))
         interleaved = dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=1, pipeline_dtype=torch.float32)
         with pytest.raises(ValueError, match="set overlap_p2p_comm=True and batch_p2p_comm=False"):
             check_cpu_config(config(**interleaved))
