@@ -67,6 +67,16 @@ DENSE_BLOCKS = Arm(
 )
 
 
+def from_full_arm(stage: int) -> Arm:
+    """Full attention in the stages of training before ``stage``, then native sparse attention with its weights."""
+    return Arm(
+        name="from_full",
+        description="full attention on the shorter sequences, then native sparse attention with its weights",
+        model={"dense_until": stage},
+        tests_default=True,
+    )
+
+
 def late_arms(stage: int) -> tuple[Arm, ...]:
     """Arms whose selected branch opens at a stage of training, after the compressed branch has learned where to look."""
     late = {"selected_from": stage}

@@ -40,6 +40,8 @@ class ModelSettings:
             where there is one of them.
         selected_from: stage of training from which the selected branch is open. Before, its gate is exactly 0; when it opens,
             its key and value projections are set to the window's.
+        dense_until: stage of training before which the model attends densely, with its queries and the first branch's keys and
+            values; it then goes on as ``nsa`` that begins with them, as :func:`nsa_cp.megatron.copy_dense_weights` would.
         selected_opening: fraction of training's steps over which the selected branch opens gradually: it is switched off for a
             part of the tokens that falls from all to none.
     """
@@ -57,6 +59,7 @@ class ModelSettings:
     shift: bool = False
     equal_start: bool = True
     selected_from: int = 0
+    dense_until: int = 0
     selected_opening: float = 0.0
     nsa: NSAConfig = field(default_factory=NSAConfig)
     rotary: RotaryConfig = field(default_factory=RotaryConfig)
@@ -72,6 +75,7 @@ class SelfAttention(nn.Module):
     def __init__(self, settings: ModelSettings, seed: int) -> None:
         super().__init__()
         s = self.settings = settings
+        self.is_dense = s.attention == "nsa" and s.dense_until > 0
         self.selected_is_open = s.selection != "none" and s.selected_from == 0
         pairs = 1
         if s.attention == "nsa":
@@ -99,13 +103,24 @@ class SelfAttention(nn.Module):
         q = self.q_proj(x).view(x.shape[0], s.num_attention_heads, s.kv_channels)
         kv = self.kv_proj(x).view(x.shape[0], *self.kv_shape).unbind(1)
         k, v = kv[0::2], kv[1::2]
-        if self.core is not None:
+        if self.core is not None and not self.is_dense:
             out = self.core(q, self._branches(k), self._branches(v), self._gate_logits(x), layout)
         elif s.attention == "window":
             out = sliding_window_attention(q, k[0], v[0], layout, window_size=s.nsa.window_size, rotary=s.rotary)
         else:
             out = _full_attention(q, k[0], v[0], layout, s.rotary)
         return self.out_proj(out.flatten(1))
+
+    @torch.no_grad()
+    def become_sparse(self) -> None:
+        """Go on as native sparse attention, if attention has been dense for a time: every branch begins with its keys and values,
+        gates are one half, and the output's weights are divided by the sum of the gates."""
+        if not self.is_dense:
+            return
+        self.is_dense = False
+        self.copy_first_branch()
+        self.gate_proj.weight.zero_()
+        self.out_proj.weight.div_(1.5)
 
     @torch.no_grad()
     def open_selected(self) -> None:
@@ -117,6 +132,12 @@ class SelfAttention(nn.Module):
         if not self.settings.nsa.shared_kv:
             compressed, selected, window = self.kv_proj.weight.unflatten(0, (3, -1)).unbind()
             selected.copy_(window)
+
+    @torch.no_grad()
+    def copy_first_branch(self) -> None:
+        """Give every branch the first one's key and value projections."""
+        by_branch = self.kv_proj.weight.view(self.kv_shape[0] // 2, -1)
+        by_branch.copy_(by_branch[:1].expand_as(by_branch).clone())
 
     def _branches(self, x: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """One tensor for each branch: a closed selected branch reads the window's, which changes nothing."""
@@ -201,8 +222,10 @@ class Decoder(nn.Module):
             return F.linear(x.to(weight.dtype), weight) * self.settings.hidden_size**-0.5
 
     def enter_stage(self, number: int) -> None:
-        """Before training's stage ``number``, 0-based: open what is closed before it."""
+        """Before training's stage ``number``, 0-based: open what is closed before it, make sparse what is dense before it."""
         for attention in self.attentions:
+            if number >= self.settings.dense_until:
+                attention.become_sparse()
             if number >= self.settings.selected_from:
                 attention.open_selected()
 
@@ -228,8 +251,7 @@ class Decoder(nn.Module):
                 parameter.normal_(std=scale * parameter.shape[1] ** -0.5, generator=generator)
         if self.settings.equal_start:
             for attention in self.attentions:
-                by_branch = attention.kv_proj.weight.view(attention.kv_shape[0] // 2, -1)
-                by_branch.copy_(by_branch[:1].expand_as(by_branch).clone())
+                attention.copy_first_branch()
 
 
 def count_parameters(settings: ModelSettings) -> int:

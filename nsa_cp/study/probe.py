@@ -38,7 +38,7 @@ class AttentionCall:
 def gate_means(model: Decoder) -> list[list[float]]:
     """For each layer with native sparse attention the mean gates (compressed, selected, window) of the last forward."""
     names = ("gate_compressed", "gate_selected", "gate_window")
-    metrics = [attention.core.last_metrics for attention in model.attentions if attention.core is not None]
+    metrics = [each.core.last_metrics for each in model.attentions if each.core is not None and not each.is_dense]
     return [[round(float(each[name]), 4) for name in names] for each in metrics]
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nsa_cp.config import NSAConfig, RotaryConfig
-from nsa_cp.study.arms import ARMS, DENSE_BLOCKS, late_arms
+from nsa_cp.study.arms import ARMS, DENSE_BLOCKS, from_full_arm, late_arms
 from nsa_cp.study.corpus import Corpus, build_corpus, installed_packages
 from nsa_cp.study.language import LanguageTask
 from nsa_cp.study.model import ModelSettings
@@ -173,9 +173,9 @@ def _language(scale: str, corpus: Corpus) -> Study:
         channels = hidden // 3 if mini else 16
         model = ModelSettings(hidden_size=hidden, kv_channels=channels, ffn_hidden_size=3 * hidden, nsa=_SMALL_NSA, **common)
         train = TrainSettings(warmup_steps=20, weight_decay=0.1, betas=(0.9, 0.95), eval_every=50, precision="float32")
+    claimed = ("nsa", "shared_kv", "late_selection", "gradual_opening", "from_full")
     return Study(
         name="language", scale=scale, title="Language modelling on bytes of Python sources", task=task, model=model, train=train,
-        arms=(*ARMS, late_arms(1)[0], DENSE_BLOCKS), lrs=(1e-3, 2e-3), seeds=(0, 1, 2), select_by="trailing_loss",
-        select_highest=False,
-        claims=tuple(replace(no_worse, arm=arm) for arm in ("nsa", "shared_kv", "late_selection", "gradual_opening")),
+        arms=(*ARMS, late_arms(1)[0], from_full_arm(len(schedule) - 1), DENSE_BLOCKS), lrs=(1e-3, 2e-3), seeds=(0, 1, 2),
+        select_by="trailing_loss", select_highest=False, claims=tuple(replace(no_worse, arm=arm) for arm in claimed),
     )  # fmt: skip

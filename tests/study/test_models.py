@@ -13,9 +13,9 @@ from nsa_cp.attention import full_attention
 from nsa_cp.bench.inputs import HeadLayout, make_inputs
 from nsa_cp.config import NSAConfig, RotaryConfig
 from nsa_cp.ops import select_blocks
-from nsa_cp.study.arms import ARMS, DENSE_BLOCKS, late_arms, model_of
+from nsa_cp.study.arms import ARMS, DENSE_BLOCKS, from_full_arm, late_arms, model_of
 from nsa_cp.study.model import Decoder, ModelSettings, _full_attention, count_parameters
-from nsa_cp.study.probe import attention_calls, dense_block_mass, probe, save_selections
+from nsa_cp.study.probe import attention_calls, dense_block_mass, gate_means, probe, save_selections
 from nsa_cp.study.random_blocks import random_blocks
 from nsa_cp.study.studies import build_study
 from nsa_cp.study.task import Batch, Group, pack_layout
@@ -68,6 +68,28 @@ def test_branches_that_start_equal() -> None:
     assert torch.equal(equal[0], equal[1]) and torch.equal(equal[0], equal[2])
     assert not torch.equal(independent[0], independent[1])
     assert torch.equal(equal[0], independent[0])
+
+
+@torch.no_grad()
+def test_a_model_that_is_dense_at_first_goes_on_as_nsa_with_its_weights() -> None:
+    tokens, layout = torch.randint(50, (200,), generator=torch.Generator().manual_seed(0)), pack_layout(1, 200)
+    settings = model_of(from_full_arm(2), BASE)
+    model, full = Decoder(settings, seed=3).double(), Decoder(model_of(ARM["full"], BASE), seed=3).double()
+    state = model.state_dict()
+    first = {f"layers.{i}.attention.kv_proj.weight": slice(0, 2 * 16) for i in range(2)}
+    full.load_state_dict({name: state[name][first.get(name, slice(None))] for name in full.state_dict()})
+    dense = full(tokens, layout)
+    model.enter_stage(1)
+    torch.testing.assert_close(model(tokens, layout), dense)
+    assert gate_means(model) == []
+    model.enter_stage(2)
+    model.enter_stage(3)
+    for attention, before in zip(model.attentions, full.attentions, strict=True):
+        assert all(torch.equal(branch, before.kv_proj.weight) for branch in attention.kv_proj.weight.chunk(3))
+        torch.testing.assert_close(attention.out_proj.weight, before.out_proj.weight / 1.5)
+    sparse = model(tokens, layout)
+    assert gate_means(model) == [[0.5, 0.5, 0.5]] * 2
+    assert not torch.allclose(sparse, dense)
 
 
 def logits(settings: ModelSettings, tokens: torch.Tensor, length: int) -> torch.Tensor:
