@@ -53,10 +53,10 @@ def _steps(chunk: Module, dense: Module) -> Iterator[tuple[Tensor, Tensor, float
     """Tensors to be overwritten, each with the one that it takes and by what that is multiplied."""
     _check_settings(chunk, dense)
     sources, used = dict(dense.named_parameters()), set()
-    layers = {name: layer for name, layer in _attentions(chunk).items() if layer.layer_type == "nsa"}
-    trained = {name for name, layer in _attentions(dense).items() if layer.layer_type == "nsa"}
+    trained = _nsa_layers(dense)
+    converted = {path: layer for path, layer in _nsa_layers(chunk).items() if path not in trained}
     for name, parameter in chunk.named_parameters():
-        path = next((path for path in layers.keys() - trained if name.startswith(f"{path}.")), None)
+        path = next((path for path in converted if name.startswith(f"{path}.")), None)
         in_layer = "" if path is None else name[len(path) + 1 :]
         if in_layer.startswith("core_attention."):
             continue
@@ -68,14 +68,14 @@ def _steps(chunk: Module, dense: Module) -> Iterator[tuple[Tensor, Tensor, float
         used.add(name)
         source, factor = sources[name], 1.0
         if in_layer.startswith("linear_qkv."):
-            yield from _projection_steps(name, layers[path], parameter, source)
+            yield from _projection_steps(name, converted[path], parameter, source)
             continue
         if parameter.shape != source.shape:
             raise ValueError(
                 f"{name} has shape {tuple(parameter.shape)}, and {tuple(source.shape)} in the dense model; {_BUILD_ALIKE}"
             )
         if in_layer == "linear_proj.weight":
-            factor = 2 / _num_open_branches(layers[path])
+            factor = 1 / _sum_of_gates(converted[path])
         yield parameter, source, factor
     if left := sorted(sources.keys() - used):
         raise ValueError(f"the dense model has {left[0]}, for which this one has no place; {_BUILD_ALIKE}")
@@ -95,12 +95,18 @@ def _projection_steps(name: str, layer: NSASelfAttention, fused: Tensor, dense: 
     yield gates, gates, 0.0
 
 
-def _num_open_branches(layer: NSASelfAttention) -> int:
-    return 1 + layer.selected_is_open + (layer.settings.nsa.window_size > 0)
+def _sum_of_gates(layer: NSASelfAttention) -> float:
+    """Of gates that are one half where their branch is open; the compressed one always is."""
+    return (1 + layer.selected_is_open + (layer.settings.nsa.window_size > 0)) / 2
 
 
-def _attentions(chunk: Module) -> dict[str, NSASelfAttention]:
-    return {name: module for name, module in chunk.named_modules() if isinstance(module, NSASelfAttention)}
+def _nsa_layers(model: Module) -> dict[str, NSASelfAttention]:
+    attentions = ((name, module) for name, module in model.named_modules() if isinstance(module, NSASelfAttention))
+    return {name: module for name, module in attentions if module.layer_type == "nsa"}
+
+
+def _first_attention(model: Module) -> NSASelfAttention | None:
+    return next((module for module in model.modules() if isinstance(module, NSASelfAttention)), None)
 
 
 def _check_settings(chunk: Module, dense: Module) -> None:
@@ -113,15 +119,18 @@ def _check_settings(chunk: Module, dense: Module) -> None:
         other = getattr(theirs, name, accepted)
         if name in _ACCEPTED and other != accepted:
             raise ValueError(f"the dense model has {name} = {other!r}, which NSA layers do not carry out: {why}")
-    own, other = (None if rotary is None else rotary.percent for rotary in map(_rotary, (chunk, dense)))
-    if _attentions(chunk) and own != other:
+    attention = _first_attention(chunk)
+    if attention is None:
+        return
+    own, other = (None if rotary is None else rotary.percent for rotary in (attention.settings.rotary, _rotary(dense)))
+    if own != other:
         raise ValueError(f"rotary percent = {own}, and {other} in the dense model (None: no rotation); {_BUILD_ALIKE}")
 
 
-def _rotary(chunk: Module) -> RotaryConfig | None:
+def _rotary(dense: Module) -> RotaryConfig | None:
     """Of a model with this library's layers, or of Megatron's own."""
-    for layer in _attentions(chunk).values():
-        return layer.settings.rotary
-    if getattr(chunk, "position_embedding_type", "none") != "rope":
+    if (attention := _first_attention(dense)) is not None:
+        return attention.settings.rotary
+    if getattr(dense, "position_embedding_type", "none") != "rope":
         return None
-    return RotaryConfig(base=chunk.rotary_base, percent=chunk.rotary_percent)
+    return RotaryConfig(base=dense.rotary_base, percent=dense.rotary_percent)
