@@ -73,9 +73,6 @@ class NativeSparseAttention(nn.Module):
     each rank's gradients of them are its tokens' part: sum them over the group, as Megatron's DDP does, before the
     optimizer's step (``dist.all_reduce(parameter.grad, group=cp_group)``; an averaging DDP has to be undone).
 
-    With ``selected_dropout``, in training mode, each call draws from the device's default generator; ranks whose generators
-    are in the same state drop the same tokens of a sequence, however it is cut over them.
-
     Args:
         config: the method's settings.
         num_attention_heads: N, query heads here (those of one tensor-parallel rank).
@@ -88,12 +85,8 @@ class NativeSparseAttention(nn.Module):
     Attributes:
         last_metrics: detached scalars on the device, of the last forward: ``remote_block_fraction`` (chosen blocks with rows
             of another rank), ``remote_blocks_needed`` (blocks with rows of another rank that some local query chose; both see
-            ``remote_blocks``), ``gate_compressed``, ``gate_selected``, ``gate_window`` (means, before any dropout).
-        selected_dropout: fraction of tokens whose selected branch is switched off in training mode, so that the compressed
-            branch, by whose scores blocks are chosen, has to learn too (not in the paper). Set it, to a number in [0, 1] or
-            to a scalar tensor on the device, which may be written to between steps. Recompute has to restore the generator.
-        record_selection: set it to keep ``last_selection`` (int32 [T, G, n]) and ``last_gates`` [T, N or 1, 3], before any
-            dropout.
+            ``remote_blocks``), ``gate_compressed``, ``gate_selected``, ``gate_window`` (means).
+        record_selection: set it to keep ``last_selection`` (int32 [T, G, n]) and ``last_gates`` [T, N or 1, 3].
 
     Raises:
         ValueError: heads not a multiple of groups.
@@ -123,7 +116,6 @@ class NativeSparseAttention(nn.Module):
         factory = {"generator": generator, "device": device, "dtype": dtype}
         self.k_compressor = Compressor(config, num_query_groups, qk_dim, **factory)
         self.v_compressor = Compressor(config, num_query_groups, qk_dim if v_dim is None else v_dim, **factory)
-        self.selected_dropout: torch.Tensor | float = 0.0
         self.record_selection = False
         self.last_metrics: dict[str, torch.Tensor] = {}
         self.last_selection: torch.Tensor | None = None
@@ -157,20 +149,12 @@ class NativeSparseAttention(nn.Module):
             )
         gates = gate_logits.sigmoid()
         result = native_sparse_attention(
-            q, k, v, self._dropped(gates, layout), self.k_compressor.weights, self.v_compressor.weights, self.config,
+            q, k, v, gates, self.k_compressor.weights, self.v_compressor.weights, self.config,
             rotary=self.rotary, layout=layout, group=self.cp_group, blocks=self._given_blocks(q, k, layout),
         )  # fmt: skip
         remember_selection(result.blocks)
         self._record(result.blocks, gates.detach(), layout)
         return result.out
-
-    @property
-    def drops_selected(self) -> bool:
-        """Whether calls draw tokens whose selected branch is switched off."""
-        return self.training and (isinstance(self.selected_dropout, torch.Tensor) or self.selected_dropout > 0)
-
-    def _dropped(self, gates: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
-        return drop_selected(gates, layout, self.selected_dropout) if self.drops_selected else gates
 
     def _given_blocks(self, q: torch.Tensor, k: Sequence[torch.Tensor], layout: SequenceLayout) -> torch.Tensor | None:
         """A selection int32 [T, G, n] to attend with; None: blocks are scored. Here that of a checkpoint's first run, if there is
@@ -196,20 +180,6 @@ def without_selected(gate_logits: torch.Tensor) -> torch.Tensor:
     """Gate logits [T, N or 1, 3] with -inf for the selected branch: its gate is then exactly 0 and gets no gradient."""
     compressed, selected, window = gate_logits.unbind(-1)
     return torch.stack([compressed, torch.full_like(selected, float("-inf")), window], -1)
-
-
-def drop_selected(gates: torch.Tensor, layout: SequenceLayout, probability: torch.Tensor | float) -> torch.Tensor:
-    """Gates [T, N or 1, 3] with the selected branch's set to 0, for all heads, in each token with ``probability``.
-
-    Nothing is scaled to make up for it: a token has the branch or does without. The whole sequence's draws are made on every
-    rank, of which each keeps those of its rows.
-    """
-    draws = torch.rand(layout.num_tokens, device=gates.device, dtype=torch.float32)
-    if layout.cp_size > 1:
-        draws = draws.index_select(0, get_layout_plan(layout, gates.device).local_rows)
-    factors = gates.new_ones(len(draws), 1, 3)
-    factors[:, 0, 1] = draws >= probability
-    return gates * factors
 
 
 def full_attention(

@@ -16,7 +16,7 @@ try:
         from nsa_cp.megatron.layout import check_sequence_length, make_packed_seq_params, sequence_layout
         from nsa_cp.megatron.model import build_gpt_model
         from nsa_cp.megatron.norm import RMSNorm
-        from nsa_cp.megatron.opening import close_selected_branches, open_selected_branches, set_selected_dropout
+        from nsa_cp.megatron.opening import close_selected_branches, open_selected_branches
         from nsa_cp.megatron.self_attention import NSASelfAttention
 except Exception:
     # Megatron-Core imports whatever is called apex; if that is what failed, say so.
@@ -42,6 +42,5 @@ __all__ = [
     "make_packed_seq_params",
     "open_selected_branches",
     "sequence_layout",
-    "set_selected_dropout",
     "shard_batch",
 ]

@@ -1,4 +1,4 @@
-"""NSA's selected branch opens gradually, or late, while the compressed branch learns what to choose by. See docs/training.md."""
+"""NSA's selected branch opens late, once the compressed branch has learned what to choose by. See docs/training.md."""
 
 from __future__ import annotations
 
@@ -9,26 +9,6 @@ import torch
 from torch.nn import Module
 
 from nsa_cp.megatron.self_attention import NSASelfAttention
-
-
-def set_selected_dropout(chunks: Iterable[Module], fraction: float) -> None:
-    """From now on, in training, switch the selected branch of all NSA layers off for a part of the tokens, drawn in every call.
-
-    A branch that opens gradually has this called before each step, from 1 (closed) down to 0. The draws come from Megatron's
-    generator that is the same on tensor- and context-parallel ranks, and differ between runs that seed it otherwise.
-
-    Args:
-        chunks: this process's model chunks, wrapped or not.
-        fraction: of the tokens, 0 to 1.
-
-    Raises:
-        ValueError: a fraction outside of that.
-    """
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"fraction = {fraction} must lie in [0, 1]")
-    for layer in _layers(chunks):
-        if layer.core_attention is not None:
-            layer.core_attention.selected_dropout = fraction
 
 
 def close_selected_branches(chunks: Iterable[Module]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -232,8 +231,7 @@ class NSASelfAttention(MegatronModule):
         nsa, rotary = self.settings.nsa, self.settings.rotary
         if self.core_attention is not None:
             logits = tensors[-1] if self.selected_is_open else without_selected(tensors[-1])
-            with self._generator_of_all_ranks():
-                return self.core_attention(q, keys, values, logits, layout)
+            return self.core_attention(q, keys, values, logits, layout)
         if self.layer_type == "full":
             return full_attention(q, keys[0], values[0], layout, rotary=rotary, cp_group=self.cp_group)
         return sliding_window_attention(
@@ -246,12 +244,6 @@ class NSASelfAttention(MegatronModule):
             cp_group=self.cp_group,
             backend=nsa.backend,
         )
-
-    def _generator_of_all_ranks(self) -> AbstractContextManager[None]:
-        """For dropout: not the generator of one tensor-parallel rank, which Megatron sets under sequence parallelism."""
-        if not self.core_attention.drops_selected:
-            return nullcontext()
-        return tensor_parallel.get_cuda_rng_tracker().fork(tensor_parallel.get_data_parallel_rng_tracker_name())
 
     def _build_core(self, config: TransformerConfig) -> NativeSparseAttention:
         """The attention of this rank's groups, with the same initial weights for every tensor-parallel size.

@@ -27,11 +27,6 @@ class LayoutPlan:
         return self._tensor(self.layout.local_positions)
 
     @cached_property
-    def local_rows(self) -> torch.Tensor:
-        """Global row of each local row, int32 [T]."""
-        return self._tensor(self.layout.local_rows)
-
-    @cached_property
     def row_partition(self) -> RowPartition:
         """Raw rows by rank."""
         return RowPartition(self.layout.row_owner, self.layout.cp_size).to(self.device)

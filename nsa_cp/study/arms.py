@@ -51,12 +51,6 @@ ARMS = (
         tests_default=True,
     ),
     Arm(name="gate_branch", description="one gate a branch for all heads", nsa={"gate": "branch"}, tests_default=True),
-    Arm(
-        name="gradual_opening",
-        description="the selected branch switched off for fewer and fewer of the tokens in training",
-        model={"selected_opening": 0.8},
-        tests_default=True,
-    ),
 )
 
 # For text, where it tells how much of what sparse attention lacks is lost in choosing.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -24,28 +23,16 @@ def evaluate(
     """
     device = model.embedding.weight.device
     scores: dict[str, list[Scores]] = {}
-    with evaluating(model):
-        for group in groups:
-            for batch in group.batches:
-                tokens, rows, answers = (torch.from_numpy(x).to(device) for x in batch)
-                with mixed_precision(device, dtype):
-                    logits = model(tokens, group.layout, rows)
-                losses = F.cross_entropy(logits.float(), answers, reduction="none")
-                correct = logits.argmax(-1) == answers
-                scores.setdefault(group.name, []).append(Scores(batch, losses.cpu().numpy(), correct.cpu().numpy()))
-                between()
+    for group in groups:
+        for batch in group.batches:
+            tokens, rows, answers = (torch.from_numpy(x).to(device) for x in batch)
+            with mixed_precision(device, dtype):
+                logits = model(tokens, group.layout, rows)
+            losses = F.cross_entropy(logits.float(), answers, reduction="none")
+            correct = logits.argmax(-1) == answers
+            scores.setdefault(group.name, []).append(Scores(batch, losses.cpu().numpy(), correct.cpu().numpy()))
+            between()
     return scores
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """In the block nothing is dropped."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def mixed_precision(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -42,8 +42,6 @@ class ModelSettings:
             its key and value projections are set to the window's.
         dense_until: stage of training before which the model attends densely, with its queries and the first branch's keys and
             values; it then goes on as ``nsa`` that begins with them, as :func:`nsa_cp.megatron.copy_dense_weights` would.
-        selected_opening: fraction of training's steps over which the selected branch opens gradually: it is switched off for a
-            part of the tokens that falls from all to none.
     """
 
     vocab_size: int
@@ -60,7 +58,6 @@ class ModelSettings:
     equal_start: bool = True
     selected_from: int = 0
     dense_until: int = 0
-    selected_opening: float = 0.0
     nsa: NSAConfig = field(default_factory=NSAConfig)
     rotary: RotaryConfig = field(default_factory=RotaryConfig)
 

@@ -16,7 +16,7 @@ from nsa_cp.context_parallel import SequenceLayout
 from nsa_cp.ops.plan import get_layout_plan
 from nsa_cp.ops.rope import apply_rope, rotary_tables
 from nsa_cp.study.agreement import neighbour_agreement
-from nsa_cp.study.evaluate import evaluating, mixed_precision
+from nsa_cp.study.evaluate import mixed_precision
 from nsa_cp.study.model import Decoder, SelfAttention
 from nsa_cp.study.task import Batch, Group
 
@@ -74,7 +74,7 @@ def attention_calls(model: Decoder, batch: Batch, layout: SequenceLayout, dtype:
     """What each layer's native sparse attention was given and chose, on one batch."""
     device = model.embedding.weight.device
     cores = [attention.core for attention in model.attentions if attention.core is not None]
-    with _recording(cores) as inputs, evaluating(model), mixed_precision(device, dtype):
+    with _recording(cores) as inputs, mixed_precision(device, dtype):
         model(torch.from_numpy(batch.tokens).to(device), layout)
         return [
             AttentionCall(q, tuple(k), tuple(v), core.last_gates, core.last_selection)

@@ -31,7 +31,7 @@ _TEXT_BYTES = {"full": 96 << 20, "mini": 16 << 20, "tiny": 1 << 20}
 # Validation accuracies at which a stage of training ends early.
 _WELL_ENOUGH, _ALL_RIGHT = 0.95, 0.999
 # Arms that are claimed to recall no worse than full attention by more than a point.
-_CLAIMED = ("nsa", "late_selection", "late_shared_kv", "gradual_opening")
+_CLAIMED = ("nsa", "late_selection", "late_shared_kv")
 # A quarter of the channels turn: the others compare tokens at any distance alike.
 _ROTARY = RotaryConfig(percent=0.25)
 
@@ -173,7 +173,7 @@ def _language(scale: str, corpus: Corpus) -> Study:
         channels = hidden // 3 if mini else 16
         model = ModelSettings(hidden_size=hidden, kv_channels=channels, ffn_hidden_size=3 * hidden, nsa=_SMALL_NSA, **common)
         train = TrainSettings(warmup_steps=20, weight_decay=0.1, betas=(0.9, 0.95), eval_every=50, precision="float32")
-    claimed = ("nsa", "shared_kv", "late_selection", "gradual_opening", "from_full")
+    claimed = ("nsa", "shared_kv", "late_selection", "from_full")
     return Study(
         name="language", scale=scale, title="Language modelling on bytes of Python sources", task=task, model=model, train=train,
         arms=(*ARMS, late_arms(1)[0], from_full_arm(len(schedule) - 1), DENSE_BLOCKS), lrs=(1e-3, 2e-3), seeds=(0, 1, 2),

@@ -72,12 +72,6 @@ class Trainer:
         self._on_warm, self._on_point = on_warm, on_point
         self.model = Decoder(settings.model, settings.seed).to(device)
         self.optimizer = self._make_optimizer()
-        # A tensor, like the learning rate, for the sake of graphs.
-        self._dropout = torch.ones((), device=device)
-        if settings.model.selected_opening:
-            for attention in self.model.attentions:
-                assert attention.core is not None, "nothing to open"
-                attention.core.selected_dropout = self._dropout
         self.dtype = getattr(torch, settings.train.precision)
         self.total_steps = sum(stage.steps for stage in settings.task.stages)
         self.curve: list[dict[str, Any]] = []
@@ -90,8 +84,6 @@ class Trainer:
             OutOfTime: the deadline came first.
             CaptureFailed: CUDA graphs do not work here for this model; run again without, in a new process.
         """
-        # For what is dropped in training; weights and batches have generators of their own.
-        torch.manual_seed(self.settings.seed)
         started, first_step = time.perf_counter(), 0
         for number, stage in enumerate(self.settings.task.stages):
             self._train_stage(number, stage, first_step)
@@ -116,7 +108,6 @@ class Trainer:
         logged, train = 0, self.settings.train
         for index, batch in enumerate(self._batches(number, stage)):
             self._set_learning_rate(first_step + index)
-            self._set_dropout(first_step + index)
             losses[index] = step(batch)
             self.steps_taken += 1
             done = index + 1
@@ -158,11 +149,6 @@ class Trainer:
         # A graph replays the addresses it saw: the rate must be a tensor that is written to.
         lr = torch.tensor(self.settings.lr, device=self.device) if self.use_graph else self.settings.lr
         return torch.optim.AdamW(groups, lr=lr, betas=train.betas, fused=True, capturable=self.use_graph)
-
-    def _set_dropout(self, step: int) -> None:
-        opening = self.settings.model.selected_opening * self.total_steps
-        if opening:
-            self._dropout.fill_(max(0.0, 1 - step / opening))
 
     def _set_learning_rate(self, step: int) -> None:
         rate = learning_rate(step, self.total_steps, self.settings)

@@ -126,20 +126,11 @@ class TrainSection(Section):
         description="steps before which NSA's selected branch is closed (its gate is 0); it opens with the window's key and "
         "value projections; 0: open from the start",
     )
-    selected_opening_steps: NotNegative = Field(
-        0,
-        description="steps over which NSA's selected branch opens gradually: in training it is switched off for a part of the "
-        "tokens that falls from all to none; 0: open from the start",
-    )
     log_interval: Positive = Field(1, description="steps between printed lines")
     eval_interval: NotNegative = Field(100, description="steps between validations; 0 validates only at the end")
     eval_sequences: Positive = Field(8, description="validation sequences, always the same ones")
     checkpoint_interval: NotNegative = Field(0, description="steps between checkpoints; 0 saves only at the end")
     keep_checkpoints: Positive = Field(2, description="newest checkpoints that are kept")
-
-    def selected_dropout(self, step: int) -> float:
-        """Fraction of tokens whose selected branch is off in the step that follows ``step`` optimizer steps."""
-        return max(0.0, 1 - step / self.selected_opening_steps) if self.selected_opening_steps else 0.0
 
     def selected_is_closed(self, step: int) -> bool:
         """Whether a model after ``step`` optimizer steps has NSA's selected branch closed. It opens as the next step begins, so

@@ -159,12 +159,6 @@ def _check_train(config: RunConfig) -> Iterator[Problem]:
             f"{train.selected_from_step} is larger than train.steps = {train.steps}; use at most {train.steps}, which keeps the "
             f"selected branch closed for the whole run",
         )
-    if train.selected_opening_steps > train.steps:
-        yield Problem(
-            "train.selected_opening_steps",
-            f"{train.selected_opening_steps} is larger than train.steps = {train.steps}; use at most {train.steps}, by "
-            f"whose end the selected branch is open for all tokens",
-        )
     if train.global_batch_size % train.micro_batch_size:
         yield Problem(
             "train.global_batch_size",
@@ -174,19 +168,14 @@ def _check_train(config: RunConfig) -> Iterator[Problem]:
 
 
 def _check_opening(config: RunConfig) -> Iterator[Problem]:
-    late, gradual, nsa = config.train.selected_from_step, config.train.selected_opening_steps, config.nsa
-    for name, steps in (("train.selected_from_step", late), ("train.selected_opening_steps", gradual)):
-        if steps and "nsa" not in config.layer_kinds:
-            yield Problem(
-                name,
-                f"{steps} is about the selected branch of nsa layers, but model.layer_pattern = "
-                f"{list(config.model.layer_pattern)} has none; set it to 0",
-            )
-    if late and gradual:
+    late, nsa = config.train.selected_from_step, config.nsa
+    if late and "nsa" not in config.layer_kinds:
         yield Problem(
-            "train.selected_opening_steps", f"{gradual} and train.selected_from_step = {late} exclude each other; set one to 0"
+            "train.selected_from_step",
+            f"{late} is about the selected branch of nsa layers, but model.layer_pattern = "
+            f"{list(config.model.layer_pattern)} has none; set it to 0",
         )
-    if late and "nsa" in config.layer_kinds and nsa.window_size == 0 and not nsa.shared_kv:
+    elif late and nsa.window_size == 0 and not nsa.shared_kv:
         yield Problem(
             "train.selected_from_step",
             f"{late} opens the selected branch with the window's keys and values, but nsa.window_size = 0 leaves those "

@@ -165,12 +165,6 @@ def megatron_config(config: RunConfig, device: torch.device) -> NSATransformerCo
     )
 
 
-def seed_generators(seed: int) -> None:
-    """Seed this process's generators, Megatron's among them; tensor-parallel ranks share some of those and part in others."""
-    torch.manual_seed(seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
-
-
 def build_trainer(config: RunConfig, device: torch.device, *, for_training: bool = True) -> Trainer:
     """Build this process's part of the model and its optimizer, with seeded weights. Collective.
 
@@ -183,7 +177,9 @@ def build_trainer(config: RunConfig, device: torch.device, *, for_training: bool
         UserError: settings that the model refuses.
     """
     # Pipeline stages hold different layers, which must not begin with equal weights.
-    seed_generators(config.seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
+    seed = config.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
     with as_user_error():
         model_config = megatron_config(config, device)
         chunks = [_build_chunk(config, model_config, stage) for stage in _virtual_stages(config)]

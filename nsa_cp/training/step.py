@@ -7,18 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core import parallel_state
 
 from nsa_cp.context_parallel import count_traffic
-from nsa_cp.megatron import set_selected_dropout
 from nsa_cp.training.data import SampleSource, train_batches
 from nsa_cp.training.errors import UserError
 from nsa_cp.training.forward import run_schedule
 from nsa_cp.training.metrics import agree
 from nsa_cp.training.schedule import learning_rate, set_learning_rate
-from nsa_cp.training.setup import Trainer, seed_generators
+from nsa_cp.training.setup import Trainer
 from nsa_cp.training.signals import StopRequest
 
 
@@ -51,9 +49,6 @@ def train_step(trainer: Trainer, source: SampleSource, progress: Progress, stop:
         UserError: the loss or the gradient is not finite.
     """
     train = trainer.config.train
-    if train.selected_opening_steps:
-        set_selected_dropout(trainer.chunks, train.selected_dropout(progress.step))
-        seed_draws(trainer.config.seed, progress.step)
     lr = learning_rate(progress.step, train)
     set_learning_rate(trainer.optimizer, lr, train.weight_decay)
     for chunk in trainer.wrapped:
@@ -93,10 +88,3 @@ def train_step(trainer: Trainer, source: SampleSource, progress: Progress, stop:
         "consumed_samples": progress.consumed_samples,
         **row,
     }
-
-
-def seed_draws(seed: int, step: int) -> None:
-    """What a step draws (``train.selected_opening_steps``) follows from seed, step, pipeline stage and data-parallel rank
-    alone: a resumed run draws as the uncut one, and tensor- and context-parallel ranks draw alike."""
-    stage, dp_rank = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_data_parallel_rank()
-    seed_generators(int(np.random.SeedSequence([seed, step, stage, dp_rank]).generate_state(1)[0]))

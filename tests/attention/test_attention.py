@@ -11,10 +11,8 @@ import torch.distributed as dist
 from nsa_cp import reference
 from nsa_cp.attention import (
     NativeSparseAttention,
-    drop_selected,
     full_attention,
     sliding_window_attention,
-    without_selected,
 )
 from nsa_cp.config import NSAConfig, RotaryConfig
 from nsa_cp.context_parallel import SequenceLayout
@@ -162,36 +160,6 @@ def test_gradients_reach_every_compressor_parameter() -> None:
     assert all(
         (gradient is not None and (gradient.abs().max() > 0) == name.endswith("w2")) for name, gradient in gradients.items()
     )
-
-
-def test_tokens_that_drop_the_selected_branch_do_without_it() -> None:
-    """Exactly the drawn tokens answer as with a closed branch, the others as without dropout; in evaluation none is drawn."""
-    q, k, v, logits = _module_inputs(96)
-    layout, module = SequenceLayout.build(96), _module()
-    everywhere, nowhere = module(q, k, v, logits, layout), module(q, k, v, without_selected(logits), layout)
-    module.selected_dropout = 0.4
-    torch.manual_seed(5)
-    out = module(q, k, v, logits, layout)
-    dropped = (out == nowhere).flatten(1).all(1)
-    assert torch.equal(out[~dropped], everywhere[~dropped]) and 0.2 < float(dropped.double().mean()) < 0.6
-    assert float(module.last_metrics["gate_selected"]) == pytest.approx(float(logits.sigmoid()[..., 1].mean()), rel=1e-6)
-    assert not torch.equal(module(q, k, v, logits, layout), out), "each call draws anew"
-    module.selected_dropout = torch.ones(())
-    assert torch.equal(module(q, k, v, logits, layout), nowhere)
-    assert torch.equal(module.eval()(q, k, v, logits, layout), everywhere)
-
-
-@pytest.mark.parametrize("kind", ["zigzag", "contiguous"])
-def test_ranks_drop_the_tokens_that_one_process_drops(kind: str) -> None:
-    def drawn(cp_size: int, cp_rank: int) -> tuple[SequenceLayout, torch.Tensor]:
-        torch.manual_seed(2)
-        layout = SequenceLayout.build(PACKED, cp_size=cp_size, cp_rank=cp_rank, kind=kind)
-        return layout, drop_selected(torch.ones(layout.num_local_tokens, 4, 3), layout, 0.5)
-
-    _, alone = drawn(1, 0)
-    layouts, shards = zip(*(drawn(3, rank) for rank in range(3)))
-    assert torch.equal(layouts[0].unshard(shards), alone)
-    assert (alone[..., [0, 2]] == 1).all() and (alone[..., 1] == alone[:, :1, 1]).all() and 20 < alone[:, 0, 1].sum() < 50
 
 
 @pytest.mark.parametrize(

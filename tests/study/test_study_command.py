@@ -101,17 +101,6 @@ def test_every_arm_trains(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(set(losses.values())) == len(names), "two arms that should differ gave the same"
 
 
-def test_what_is_dropped_in_training_follows_from_the_seed() -> None:
-    losses = []
-    for out in ("a", "b"):
-        only = ("--only", "arm=gradual_opening")
-        assert study("mqar", "--lrs", "0.004", "--seeds", "1", "--out", out, *only) == 0
-        (record,) = (json.loads(line) for line in Path(out, "mqar.jsonl").read_text().splitlines())
-        losses.append(record["test"]["loss"])
-        torch.rand(7)
-    assert losses[0] == losses[1]
-
-
 def test_a_part_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert study("mqar", "--list", "--only", "arm=full,nsa", "lr=0.004") == 0
     printed = capsys.readouterr().out

@@ -160,21 +160,6 @@ REFUSED = {
         "train.selected_from_step",
         r"9 is about .* model.layer_pattern = \['full', 'window'\] has none; set it to 0",
     ),
-    "nothing to open gradually": (
-        ["train.selected_opening_steps=9", "model.layer_pattern=[full]"],
-        "train.selected_opening_steps",
-        r"9 is about .* model.layer_pattern = \['full'\] has none; set it to 0",
-    ),
-    "opens gradually beyond the run": (
-        ["train.selected_opening_steps=301"],
-        "train.selected_opening_steps",
-        "301 is larger than train.steps = 300; use at most 300",
-    ),
-    "opens late and gradually": (
-        ["train.selected_opening_steps=9", "train.selected_from_step=8"],
-        "train.selected_opening_steps",
-        "9 and train.selected_from_step = 8 exclude each other; set one to 0",
-    ),
     "opens with an untrained window": (
         ["train.selected_from_step=9", "nsa.window_size=0"],
         "train.selected_from_step",
