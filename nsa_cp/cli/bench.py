@@ -20,6 +20,16 @@ _HEADER = (
 )
 
 
+# What is measured unless said otherwise, by type of device; on a CPU, where nothing is fast, just enough to see the command work.
+_DEFAULTS = {
+    "cuda": {
+        "seq_lens": [8192, 65536], "heads": ["64/4x128"], "impls": ["nsa", "dense_cudnn", "dense_flash"], "dtype": "bfloat16",
+        "repetitions": 10,
+    },
+    "cpu": {"seq_lens": [1024], "heads": ["8/2x64"], "impls": ["nsa", "dense_flash"], "dtype": "float32", "repetitions": 3},
+}  # fmt: skip
+
+
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add ``bench`` and its subcommands to the parser of ``nsa-cp``."""
     bench = commands.add_parser("bench", help="measure speed and memory")
@@ -27,24 +37,30 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     attention = kinds.add_parser(
         "attention",
         help="native sparse attention beside dense attention, on one device",
-        description="Time forward and backward of the attention alone; prints a line a measurement and writes CSV and plots.",
+        description="Time forward and backward of the attention alone; prints a line a measurement and writes CSV and plots. "
+        f"Defaults on a GPU: {_described('cuda')}; on a CPU: {_described('cpu')}.",
     )
-    attention.add_argument("--seq-lens", type=positive, nargs="+", default=[8192, 65536], metavar="S")
-    attention.add_argument("--heads", nargs="+", default=["64/4x128"], metavar="N/GxD[/Dv]", help="for example 64/4x192/128")
+    attention.add_argument("--seq-lens", type=positive, nargs="+", metavar="S")
+    attention.add_argument("--heads", nargs="+", metavar="N/GxD[/Dv]", help="for example 64/4x192/128")
     attention.add_argument("--inputs", nargs="+", default=["random"], choices=["random", "drifting", "trained"])
     attention.add_argument("--trained-file", type=Path, default=None, metavar="FILE", help="tensors for --inputs trained")
     attention.add_argument(
-        "--impls", nargs="+", default=["nsa", "dense_cudnn", "dense_flash"], metavar="IMPL",
+        "--impls", nargs="+", metavar="IMPL",
         help="of nsa, dense_cudnn, dense_flash and, where installed, fla and flash_nsa",
     )  # fmt: skip
-    attention.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    attention.add_argument("--dtype", choices=["bfloat16", "float16", "float32"])
     attention.add_argument("--device", default="", help="cuda or cpu; default: cuda where it is there")
     attention.add_argument("--stages", action="store_true", help="also time each stage alone")
-    attention.add_argument("--repetitions", type=positive, default=10)
+    attention.add_argument("--repetitions", type=positive)
     attention.add_argument("--csv", type=Path, default=None, metavar="FILE", help="write the rows, and plots beside them")
     add_sizes(attention)
     attention.set_defaults(run=_attention)
     bench_context_parallel.add_parsers(kinds)
+
+
+def _described(device: str) -> str:
+    defaults = {name: value if isinstance(value, list) else [value] for name, value in _DEFAULTS[device].items()}
+    return " ".join(f"--{name.replace('_', '-')} {' '.join(map(str, values))}" for name, values in defaults.items())
 
 
 def _attention(arguments: argparse.Namespace) -> int:
@@ -56,6 +72,9 @@ def _attention(arguments: argparse.Namespace) -> int:
     from nsa_cp.bench.work import stage_work
 
     device = chosen_device(arguments.device)
+    for name, value in _DEFAULTS[device.type].items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
     unknown = set(arguments.impls) - set(IMPLEMENTATIONS)
     if unknown:
         raise UserError(f"implementations {sorted(unknown)} are unknown; use some of {', '.join(IMPLEMENTATIONS)}")

@@ -12,6 +12,10 @@ from nsa_cp.config import Backend
 # Channels of the widest heads that the kernels' tile tables cover.
 WIDEST_HEAD = 256
 
+# Elements that the torch path makes at once, of scores or of gathered keys: 2 MiB in float32 on a CPU, where they stay in its
+# caches (docs/kernels.md), and 64 MiB elsewhere, where each launch has its price.
+CPU_CHUNK, DEVICE_CHUNK = 1 << 19, 1 << 24
+
 
 def resolve_backend(backend: Backend, *tensors: torch.Tensor) -> str:
     """``"torch"`` or ``"triton"`` for ``tensors`` of one dtype and device, channels last.
@@ -45,6 +49,11 @@ def triton_obstacle(*tensors: torch.Tensor) -> str | None:
     if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {x.device.type}, not on a CUDA device"
     return None
+
+
+def chunk_elements(x: torch.Tensor) -> int:
+    """Elements of an intermediate that the torch path makes at once where ``x`` is."""
+    return CPU_CHUNK if x.device.type == "cpu" else DEVICE_CHUNK
 
 
 def accumulator_dtype(x: torch.Tensor) -> torch.dtype:

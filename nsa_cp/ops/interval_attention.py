@@ -11,12 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-from nsa_cp.ops.dispatch import accumulator_dtype
+from nsa_cp.ops.dispatch import accumulator_dtype, chunk_elements
 from nsa_cp.ops.gating import BranchStatistics
 from nsa_cp.ops.intervals import Intervals
-
-# Scores held at once by the torch path, in elements: 64 MiB in float32.
-SCORE_BUDGET = 1 << 24
 
 
 class AttentionGradients(NamedTuple):
@@ -128,7 +125,7 @@ def _chunks(intervals: Intervals, q: torch.Tensor) -> Iterator[tuple[slice, slic
         hidden = (key < begin[first:last, None]) | (key >= end[first:last, None])
         return slice(first, last), slice(key_first, key_last), hidden[:, None]
 
-    return (chunk(*bounds) for bounds in intervals.query_chunks(q.shape[1], SCORE_BUDGET))
+    return (chunk(*bounds) for bounds in intervals.query_chunks(q.shape[1], chunk_elements(q)))
 
 
 def _scores(q: torch.Tensor, k: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:

@@ -6,11 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from nsa_cp.config import NSAConfig
-from nsa_cp.ops.dispatch import accumulator_dtype
+from nsa_cp.ops.dispatch import accumulator_dtype, chunk_elements
 from nsa_cp.ops.plan import NSAPlan
-
-# Scores held at once by the torch path, in elements: 64 MiB in float32.
-SCORE_BUDGET = 1 << 24
 
 
 @torch.no_grad()
@@ -46,7 +43,7 @@ def select_blocks_forward(
     for first, last, document in plan.document_runs:
         base, count = int(plan.compressed_base[document]), int(plan.compressed_counts[document])
         blocks = int(plan.block_counts[document])
-        step = max(16, SCORE_BUDGET // max(1, q.shape[1] * count))
+        step = max(16, chunk_elements(q) // max(1, q.shape[1] * count))
         for row in range(first, last, step):
             rows = slice(row, min(row + step, last))
             position = plan.position[rows].to(torch.int64)

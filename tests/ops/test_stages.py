@@ -15,12 +15,10 @@ from nsa_cp.ops import (
     combine_branches,
     compress_kv,
     compressed_attention,
-    interval_attention,
+    dispatch,
     native_sparse_attention,
     select_blocks,
-    selected,
     selected_attention,
-    selection,
     window_attention,
 )
 from nsa_cp.testing import assert_close
@@ -34,10 +32,8 @@ PACKED = (0, 0, 1, 8, 15, 60, 68)
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small budgets, so that even these sizes run in several chunks."""
-    monkeypatch.setattr(interval_attention, "SCORE_BUDGET", 4096)
-    monkeypatch.setattr(selection, "SCORE_BUDGET", 4096)
-    monkeypatch.setattr(selected, "GATHER_BUDGET", 8192)
+    """Small ones, so that even these sizes run in several."""
+    monkeypatch.setattr(dispatch, "CPU_CHUNK", 4096)
 
 
 @st.composite
