@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         "train",
         allow_abbrev=False,
         help="train a model as a YAML file says",
-        description="Train; start under torchrun for several processes.",
+        description="Train; under torchrun with several processes. All settings: nsa_cp/training/config.py, docs/training.md.",
     )
     train.add_argument("config", metavar="CONFIG", help="YAML file")
     train.add_argument(

@@ -221,7 +221,7 @@ def _sweep(study: Study, results: dict[str, ArmResult]) -> Iterator[str]:
     rates = sorted({lr for result in results.values() for lr in result.sweep})
     yield "## Learning rates"
     yield ""
-    yield f"Validation `{study.select_by}` of the first seed at each rate; the best rate was then given the other seeds."
+    yield f"Validation `{study.select_by}` of the first seed at each rate that was run; the best one has the other seeds."
     yield ""
     yield f"| arm | {' | '.join(f'{lr:g}' for lr in rates)} |"
     yield "|---" * (1 + len(rates)) + "|"
