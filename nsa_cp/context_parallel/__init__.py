@@ -1,6 +1,6 @@
 """Context parallelism: who holds which rows, and how the rows that others need travel. No kernels, no global groups."""
 
-from nsa_cp.context_parallel.agreement import check_agreement, start_agreement
+from nsa_cp.context_parallel.agreement import start_agreement
 from nsa_cp.context_parallel.differentiable import exchange_halo, gather_rows
 from nsa_cp.context_parallel.gather import RowGather, RowPartition, RowReduceScatter, RowRing
 from nsa_cp.context_parallel.group import check_group, group_rank, group_size
@@ -17,7 +17,6 @@ __all__ = [
     "RowRing",
     "SequenceLayout",
     "Traffic",
-    "check_agreement",
     "check_group",
     "count_traffic",
     "exchange_halo",

@@ -92,16 +92,6 @@ def start_agreement(
     return agreement
 
 
-def check_agreement(description: str, group: dist.ProcessGroup | None) -> None:
-    """Let all ranks of ``group`` compare ``description``, now. Collective.
-
-    Raises:
-        ValueError, RuntimeError: as :meth:`Agreement.confirm`.
-    """
-    if group_size(group) > 1:
-        Agreement(_digest(description), lambda: description, group).confirm()
-
-
 def _digest(description: str) -> int:
     return int.from_bytes(hashlib.sha256(description.encode()).digest()[:7], "big")
 

@@ -147,6 +147,8 @@ def _train_steps(trainer: Trainer, plan: Plan, progress: Progress, reporter: Rep
             progress.val_loss = loss if last else None
         progress.wall_seconds += time.monotonic() - began
         row["wall_seconds"] = progress.wall_seconds
+        if plan.initial is not None and progress.step == 1:
+            row["init_from"] = str(plan.initial[0])
         reporter.write(row)
         if stopped or last or (train.checkpoint_interval and progress.step % train.checkpoint_interval == 0):
             _save(trainer, folder, progress)

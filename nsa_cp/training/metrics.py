@@ -124,7 +124,7 @@ class Reporter:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         for name, value in row.items():
-            if name != "step":
+            if name != "step" and not isinstance(value, str):
                 self._board.add_scalar(name, value, row["step"])
         if self._bar is not None:
             self._bar.update(row["step"] - self._bar.n)

@@ -60,6 +60,7 @@ def summarise(rows: list[dict[str, Any]], val_loss: float, trainer: Trainer, pla
     return {
         "name": config.name,
         "steps": config.train.steps,
+        "init_from": rows[0].get("init_from") if rows else None,
         "tokens": sum(row["tokens"] for row in rows),
         "val_bits_per_byte": bits_per_byte(val_loss, source.bytes_per_token),
         "val_loss": val_loss,

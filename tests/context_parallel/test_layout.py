@@ -19,9 +19,9 @@ from nsa_cp.context_parallel import (
     RowReduceScatter,
     RowRing,
     SequenceLayout,
-    check_agreement,
     count_traffic,
     runs,
+    start_agreement,
 )
 
 PACKS = [(0, 64), (0, 61), (0, 3), (0, 0, 1, 1, 18, 50, 53, 53, 90), (0, 7, 7, 40)]
@@ -150,7 +150,7 @@ def test_rows_travel_where_they_belong(workers, world_size: int, kind: str) -> N
 
 def _disagree(rank: int, world_size: int) -> str:
     try:
-        check_agreement("same" if rank != 1 else "other", dist.group.WORLD)
+        start_agreement({}, SequenceLayout.build(9), ("same" if rank != 1 else "other",), dist.group.WORLD, torch.device("cpu"))
     except ValueError as error:
         return str(error)
     return "agreed"

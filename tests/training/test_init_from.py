@@ -124,6 +124,9 @@ def test_a_resumed_run_does_without_the_other(tmp_path: Path, workers: Workers, 
     rewind(config, 2)
     workers(1).run(train_here, config, resume=True)
     assert metrics(config, *COLUMNS) == uncut
+    begun_with = str(source / "checkpoints" / "step_00000004")
+    assert metrics(config, "init_from") == [(begun_with,), (None,), (None,), (None,)]
+    assert json.loads((config.run_dir / "summary.json").read_text())["init_from"] == begun_with
 
 
 def refuse(config: RunConfig, pattern: str, **flags: Any) -> None:
