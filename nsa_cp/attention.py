@@ -164,7 +164,8 @@ class NativeSparseAttention(nn.Module):
     @torch.no_grad()
     def _record(self, blocks: torch.Tensor, gates: torch.Tensor, layout: SequenceLayout) -> None:
         remote = remote_blocks(blocks, layout, self.config)
-        means = gates.float().mean((0, 1))
+        # A rank without rows has means of 0, not NaN: they are averaged over ranks.
+        means = gates.float().sum((0, 1)) / max(1, gates.shape[0] * gates.shape[1])
         self.last_metrics = {
             "remote_block_fraction": remote.chosen,
             "remote_blocks_needed": remote.needed,

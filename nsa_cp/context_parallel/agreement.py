@@ -104,12 +104,18 @@ def connect(group: dist.ProcessGroup) -> None:
 # Of every group that cannot move host memory itself: gloo between the same ranks. A group that nobody holds any more goes, and
 # its gloo with it: kept until the interpreter ends, their threads may outlive it, and the process aborts.
 _gloo: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroupGloo] = weakref.WeakKeyDictionary()
+# Groups whose NCCL, if they have it, has set up its connections.
+_connected: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
 # How many groups of a name there have been: a name may be used again once its group is destroyed.
 _named: collections.Counter[str] = collections.Counter()
 
 
 def _gather_between_hosts(gathered: list[torch.Tensor], mine: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
     """Start to fill ``gathered`` with every rank's ``mine``. Collective."""
+    if group not in _connected:
+        _connected.add(group)
+        if "cuda:nccl" in dist.get_backend_config(group):
+            connect(group)
     if "cpu:" in dist.get_backend_config(group):
         return dist.all_gather(gathered, mine, group=group, async_op=True)
     if group not in _gloo:
@@ -129,9 +135,7 @@ def _meet(group: dist.ProcessGroup) -> dist.ProcessGroupGloo:
     timeout = getattr(options, "_timeout", None) or dist.default_pg_timeout
     place = f"nsa_cp agreement/{group.group_name}/{_named[group.group_name]}"
     store = dist.PrefixStore(place, dist.distributed_c10d._get_default_store())
-    gloo = dist.ProcessGroupGloo(store, group.rank(), group.size(), timeout)
-    connect(group)
-    return gloo
+    return dist.ProcessGroupGloo(store, group.rank(), group.size(), timeout)
 
 
 @contextlib.contextmanager

@@ -39,13 +39,14 @@ class RowPartition:
         slot = np.empty(self.num_rows, dtype=np.int64)
         for rank, rows in enumerate(self.rows):
             slot[rows] = rank * self.padded + np.arange(len(rows))
-        self.slot = torch.from_numpy(slot)
         self.runs = find_runs(owner, slot - owner.astype(np.int64) * self.padded)
+        # Only where there are no runs to copy: eight bytes a row.
+        self.slot = torch.from_numpy(slot) if self.runs is None else None
         self._slices = None if self.runs is None else [slices_from(self.runs, rank) for rank in range(cp_size)]
 
     def to(self, device: torch.device) -> RowPartition:
         """Move the index tensor to ``device`` in place."""
-        self.slot = self.slot.to(device)
+        self.slot = None if self.slot is None else self.slot.to(device)
         return self
 
     def in_global_order(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -23,8 +23,8 @@ class HaloRows:
     Attributes:
         buffer_rows: ascending int64 global rows of the merged buffer [M].
         arrival: global rows received, int64: grouped by the rank they come from, ascending within each.
-        order: row of (own rows, then received ones) at each row of the buffer, int64 [M].
-        runs: the same as runs of own (0) and received (1) rows; None where they are many (see ``runs.py``).
+        runs: the buffer as runs of own (0) and received (1) rows; None where they are many (see ``runs.py``).
+        order: then, the row of (own rows, then received ones) at each row of the buffer, int64 [M]; None where there are runs.
         send: for each rank the local rows it needs, int64.
     """
 
@@ -36,10 +36,10 @@ class HaloRows:
         self.arrival = needed[np.argsort(source, kind="stable")]
         merged = np.concatenate([layout.local_rows, self.arrival])
         order = np.argsort(merged, kind="stable")
-        self.order = torch.from_numpy(order)
         self.buffer_rows = np.sort(merged)
         self.num_own, self.num_received = len(layout.local_rows), len(self.arrival)
         self.runs = find_runs(order >= self.num_own, np.where(order >= self.num_own, order - self.num_own, order))
+        self.order = torch.from_numpy(order) if self.runs is None else None
         self._slices = None if self.runs is None else [slices_from(self.runs, source) for source in (0, 1)]
         self.send: tuple[torch.Tensor, ...] = tuple(
             torch.from_numpy(_rows_sent(layout, depth, destination)) for destination in range(layout.cp_size)
@@ -48,7 +48,7 @@ class HaloRows:
 
     def to(self, device: torch.device) -> HaloRows:
         """Move the index tensors to ``device`` in place."""
-        self.order = self.order.to(device)
+        self.order = None if self.order is None else self.order.to(device)
         self.send = tuple(index.to(device) for index in self.send)
         return self
 
@@ -62,7 +62,7 @@ class HaloRows:
         if deeper.depth not in self._within:
             order = np.argsort(deeper.arrival, kind="stable")
             place = order[np.searchsorted(deeper.arrival[order], self.arrival)]
-            self._within[deeper.depth] = torch.from_numpy(place).to(self.order.device)
+            self._within[deeper.depth] = torch.from_numpy(place).to(self.send[0].device)
         return self._within[deeper.depth]
 
     def merge(self, own: torch.Tensor, received: torch.Tensor) -> torch.Tensor:

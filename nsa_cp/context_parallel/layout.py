@@ -30,6 +30,14 @@ class SequenceLayout:
     cp_rank: int
     kind: str
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Worked out once, since every plan is found by it. Of integers alone: it has to mean the same in another process."""
+        return hash((self.cu_seqlens, self.chunks, self.cp_rank))
+
     @classmethod
     def build(
         cls,
@@ -169,7 +177,9 @@ class SequenceLayout:
         starts = np.asarray([chunk[0] for chunk in self.chunks[rank]], dtype=np.int64)
         # Only the row at a chunk's start reaches furthest back; documents that start inside a chunk reach nothing outside.
         document_starts = borders[np.searchsorted(borders[1:], starts, side="right")]
-        rows = np.unique(expand_ranges(np.maximum(document_starts, starts - depth), starts))
+        # Rows before the start of the chunk before are that one's to reach: the ranges then stand apart, in order.
+        first = np.maximum(np.maximum(document_starts, starts - depth), np.concatenate([[0], starts])[:-1])
+        rows = expand_ranges(first, starts)
         return rows[self.row_owner[rows] != rank]
 
 

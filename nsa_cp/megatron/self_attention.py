@@ -155,7 +155,8 @@ class NSASelfAttention(MegatronModule):
             out = tensor_parallel.checkpoint(attend, False, *tensors)
         else:
             out = attend(*tensors)
-        out = out.reshape(batch, length, -1).transpose(0, 1).contiguous()
+        # A rank may hold no token: no -1 in the shape.
+        out = out.reshape(batch, length, out.shape[1] * out.shape[2]).transpose(0, 1).contiguous()
         return self.linear_proj(out)
 
     def close_selected(self) -> None:

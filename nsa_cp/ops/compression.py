@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from nsa_cp.config import NSAConfig
 from nsa_cp.context_parallel.autograd import exact_backward, exact_forward
+from nsa_cp.ops.dispatch import accumulator_dtype
 
 # Weights of one phi: () for mean, (position, weight) for linear, (position, w1, w2) for mlp; see `compress`.
 CompressorWeights = tuple[torch.Tensor, ...]
@@ -31,14 +32,22 @@ def compress(
     """
     if backend == "triton":
         return _KernelCompress.apply(x, starts, config, *weights)
+    return _compress(x, starts, config, weights).transpose(0, 1).to(x.dtype)
+
+
+def _compress(x: torch.Tensor, starts: torch.Tensor, config: NSAConfig, weights: CompressorWeights) -> torch.Tensor:
+    """:func:`compress` in torch: [G, C, D] in the accumulator's dtype, of products' weights rounded to x's, as the kernels take
+    them."""
+    accumulator = accumulator_dtype(x)
     block = torch.arange(config.compress_block_size, device=x.device)
-    blocks = x[starts.to(torch.int64)[:, None] + block].permute(2, 0, 1, 3)
+    blocks = x[starts.to(torch.int64)[:, None] + block].permute(2, 0, 1, 3).to(accumulator)
     if config.compressor == "mean":
-        return blocks.mean(2).transpose(0, 1)
-    flat = (blocks + weights[0][:, None]).flatten(2)
+        return blocks.mean(2)
+    products = [w.to(x.dtype).to(accumulator) for w in weights[1:]]
+    flat = (blocks + weights[0].to(accumulator)[:, None]).flatten(2)
     if config.compressor == "linear":
-        return (flat @ weights[1]).transpose(0, 1)
-    return (blocks.mean(2) + F.silu(flat @ weights[1]) @ weights[2]).transpose(0, 1)
+        return flat @ products[0]
+    return blocks.mean(2) + F.silu(flat @ products[0]) @ products[1]
 
 
 def check_compressor_weights(name: str, weights: CompressorWeights, x: torch.Tensor, config: NSAConfig) -> None:

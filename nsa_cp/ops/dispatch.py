@@ -48,6 +48,8 @@ def triton_obstacle(*tensors: torch.Tensor) -> str | None:
         return f"heads of {width} channels are wider than {WIDEST_HEAD}"
     if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {x.device.type}, not on a CUDA device"
+    if x.device.type != "cuda" and any(y.dtype == torch.bfloat16 for y in tensors):
+        return "Triton's interpreter computes bfloat16 wrongly"
     return None
 
 

@@ -99,13 +99,14 @@ def native_sparse_attention(
     plan = get_plan(layout, config, q.device)
     facts = ("nsa", *q.shape[1:], *v[0].shape[1:], q.dtype, config, rotary)
     agreement = start_agreement(plan.agreed, layout, facts, group, q.device)
+    slc, win = 1 % len(k), 2 % len(k)
+    rotated = list(k)
     if rotary is not None:
         tables = rotary_tables(plan.position, rotary, q.shape[-1], accumulator_dtype(q))
-        q, rotated = apply_rope(q, *tables), [apply_rope(x, *tables) for x in k]
-    else:
-        rotated = list(k)
+        q = apply_rope(q, *tables)
+        needed = {slc, win} | ({0} if config.compressed_rope == "before" else set())
+        rotated = [apply_rope(x, *tables) if index in needed else x for index, x in enumerate(k)]
     k_cmp = rotated[0] if config.compressed_rope == "before" else k[0]
-    slc, win = 1 % len(k), 2 % len(k)
     branches = (k_cmp, v[0], rotated[slc], v[slc], rotated[win], v[win])
     call = _Call(plan, group, resolve_backend(config.backend, q, v[0]), len(k_weights), rotary, q.shape[1] // v[0].shape[1])
     blocks, statistics, *outs = _Branches.apply(call, blocks, q, *branches, *k_weights, *v_weights)

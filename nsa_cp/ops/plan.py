@@ -12,6 +12,10 @@ from nsa_cp.context_parallel import HaloRows, RowPartition, SequenceLayout
 from nsa_cp.context_parallel.layout import expand_ranges
 from nsa_cp.ops.intervals import Intervals
 
+# Plans kept of each kind: at a million tokens one takes some 60 MiB of the device and 90 MiB of the host, and packs that are
+# drawn anew are never met again. As many as a pipeline has microbatches in flight.
+_PLANS_KEPT = 8
+
 
 class LayoutPlan:
     """Index structures of a layout alone, whatever the attention. Build it with :func:`get_layout_plan`."""
@@ -151,12 +155,16 @@ class NSAPlan(LayoutPlan):
     @property
     def window_halo(self) -> HaloRows:
         """The w - 1 rows before each chunk."""
-        return get_window_plan(self.layout, self.config.window_size, self.device)[0]
+        return self._window[0]
 
     @property
     def window_intervals(self) -> Intervals:
         """Rows of the window buffer each query sees: exactly the last w of its document, its own included."""
-        return get_window_plan(self.layout, self.config.window_size, self.device)[1]
+        return self._window[1]
+
+    @cached_property
+    def _window(self) -> tuple[HaloRows, Intervals]:
+        return get_window_plan(self.layout, self.config.window_size, self.device)
 
     # --- selected branch -----------------------------------------------------------------------------------------------
 
@@ -190,19 +198,19 @@ class NSAPlan(LayoutPlan):
         return torch.from_numpy(foreign[end] > foreign[self._block_start]).to(self.device)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=_PLANS_KEPT)
 def get_layout_plan(layout: SequenceLayout, device: torch.device) -> LayoutPlan:
     """The plan of a layout alone on a device; the most recent ones are kept."""
     return LayoutPlan(layout, device)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=_PLANS_KEPT)
 def get_plan(layout: SequenceLayout, config: NSAConfig, device: torch.device) -> NSAPlan:
     """The plan of a layout and settings on a device; the most recent ones are kept."""
     return NSAPlan(layout, config, device)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=_PLANS_KEPT)
 def get_window_plan(layout: SequenceLayout, window_size: int, device: torch.device) -> tuple[HaloRows, Intervals]:
     """Halo and intervals of a sliding window of ``window_size`` keys, the query's own included; recent ones are kept."""
     halo, rows = HaloRows(layout, window_size - 1), layout.local_rows

@@ -18,7 +18,7 @@ from nsa_cp.training.config import RunConfig
 from nsa_cp.training.errors import UserError
 from nsa_cp.training.evaluate import bits_per_byte, validation_loss
 from nsa_cp.training.indexed import IndexedSource
-from nsa_cp.training.manifest import changed_settings, check_compatible, find_latest, read_manifest
+from nsa_cp.training.manifest import changed_settings, check_compatible, find_latest, read_manifest, samples_in_all
 from nsa_cp.training.metrics import Reporter
 from nsa_cp.training.plan import Plan, prepare
 from nsa_cp.training.run_folder import RunFolder
@@ -71,6 +71,7 @@ def _run(plan: Plan, *, overwrite: bool) -> dict[str, Any] | None:
     progress = Progress()
     if plan.checkpoint is not None:
         path, manifest = plan.checkpoint
+        _check_all_found(path, f"in {path.parent}; begin again once all processes see the newest")
         load_checkpoint(path, trainer.chunks, trainer.optimizer, manifest=manifest)
         progress = Progress(manifest["step"], manifest["consumed_samples"], saved_step=manifest["step"])
     _close_selected_until_due(trainer, progress.step)
@@ -83,8 +84,12 @@ def _run(plan: Plan, *, overwrite: bool) -> dict[str, Any] | None:
         progress.wall_seconds = folder.keep_metrics_until(progress.step)
     dist.barrier()
     if isinstance(plan.source, IndexedSource):
-        remaining = (config.train.steps - progress.step) * config.train.global_batch_size
-        plan.source.open_training(progress.consumed_samples + remaining, folder.index_cache)
+        samples = samples_in_all(config, progress.step, progress.consumed_samples)
+        plan.source.open_training(samples, folder.index_cache)
+        if plan.checkpoint is not None and (before := plan.checkpoint[1].get("train_samples", samples)) != samples:
+            changes.append(
+                f"{samples} training sequences in all, {before} before: indexed data may be shuffled otherwise and come twice"
+            )
     reporter = Reporter(
         folder, active=first, first_step=progress.step, num_steps=config.train.steps, log_interval=config.train.log_interval
     )
@@ -109,13 +114,7 @@ def _take_weights(trainer: Trainer, path: Path, manifest: dict[str, Any]) -> Non
     Raises:
         UserError: processes have found different checkpoints, since the run that writes them has gone on meanwhile.
     """
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, path.name)
-    if len(set(found)) > 1:
-        raise UserError(
-            f"processes found different newest checkpoints, {' and '.join(sorted(set(found)))}, in train.init_from = "
-            f"{trainer.config.train.init_from}; give one checkpoint's folder"
-        )
+    _check_all_found(path, f"in train.init_from = {trainer.config.train.init_from}; give one checkpoint's folder")
     config, kinds = trainer.config, manifest["model"]["layer_pattern"]
     if kinds == list(config.layer_kinds):
         load_checkpoint(path, trainer.chunks, None, manifest=manifest)
@@ -127,6 +126,18 @@ def _take_weights(trainer: Trainer, path: Path, manifest: dict[str, Any]) -> Non
         load_checkpoint(path, dense.chunks, None, manifest=manifest)
         copy_dense_weights(trainer.chunks, dense.chunks)
     trainer.optimizer.reload_model_params()  # main weights of their own, where it has them, follow the model's
+
+
+def _check_all_found(path: Path, place_and_remedy: str) -> None:
+    """Processes look for the newest checkpoint each for itself, and must have found the same. Collective.
+
+    Raises:
+        UserError: naming those that they found.
+    """
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, path.name)
+    if len(set(found)) > 1:
+        raise UserError(f"processes found different newest checkpoints, {' and '.join(sorted(set(found)))}, {place_and_remedy}")
 
 
 def _train_steps(trainer: Trainer, plan: Plan, progress: Progress, reporter: Reporter, stop: StopRequest) -> bool:
@@ -212,6 +223,7 @@ def evaluate(config: RunConfig, checkpoint: Path | None = None) -> dict[str, Any
     check_compatible(manifest, plan.config, path, same_data=False)
     with processes(plan):
         trainer = build_trainer(plan.config, plan.device, for_training=False)
+        _check_all_found(path, f"in {path.parent}; name one")
         load_checkpoint(path, trainer.chunks, None, manifest=manifest)
         _close_selected_until_due(trainer, manifest["step"])
         loss = validation_loss(trainer, plan.source)

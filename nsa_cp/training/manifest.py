@@ -36,6 +36,7 @@ def describe(path: Path, config: RunConfig, *, step: int, consumed_samples: int,
         "version": _VERSION,
         "step": step,
         "consumed_samples": consumed_samples,
+        "train_samples": samples_in_all(config, step, consumed_samples),
         "model": config.model_shape(),
         "optimizer": _optimizer_kind(config),
         "parallel": {**config.parallel.model_dump(mode="json"), "world_size": world_size},
@@ -45,6 +46,11 @@ def describe(path: Path, config: RunConfig, *, step: int, consumed_samples: int,
         "settings": _settings(config),
         "files": {str(item.relative_to(path)): item.stat().st_size for item in files},
     }
+
+
+def samples_in_all(config: RunConfig, step: int, consumed_samples: int) -> int:
+    """Training sequences that a run at ``step`` will have used at its end."""
+    return consumed_samples + (config.train.steps - step) * config.train.global_batch_size
 
 
 def find_latest(folder: Path) -> Path:
@@ -105,8 +111,8 @@ def check_compatible(manifest: dict[str, Any], config: RunConfig, path: Path, *,
     """Refuse a checkpoint whose weights or optimizer state do not fit the run.
 
     Args:
-        same_data: also refuse another order of the data, on which a resumed run would repeat text, skip it, or train on what
-            was held out. Paths may change, since data moves.
+        same_data: also refuse other data, on which a resumed run would repeat text, skip it, or train on what was held out.
+            Paths may change, since data moves.
 
     Raises:
         UserError: naming all settings that differ, with both values.

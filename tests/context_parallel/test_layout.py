@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import pickle
+import subprocess
+import sys
 from unittest import mock
 
 import numpy as np
@@ -57,11 +61,20 @@ def test_zigzag_is_megatrons_cut() -> None:
     assert layout.local_positions.tolist() == [*range(4, 12)] * 2
 
 
+def test_equal_layouts_have_equal_hashes_everywhere() -> None:
+    """Plans are found by them, and layouts travel to other processes."""
+    layout = SequenceLayout.build([0, 16, 32], cp_size=2, cp_rank=1)
+    code = "import sys, pickle; print(hash(pickle.load(sys.stdin.buffer)))"
+    done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(layout), capture_output=True, check=True)
+    assert hash(SequenceLayout.build([0, 16, 32], cp_size=2, cp_rank=1)) == hash(layout) == int(done.stdout)
+    assert hash(SequenceLayout.build([0, 16, 32], cp_size=2)) != hash(layout)
+
+
 def test_halo_rows_by_brute_force() -> None:
     for borders in PACKS:
-        for kind in ("zigzag", "contiguous"):
+        for kind, per_document in itertools.product(("zigzag", "contiguous"), (True, False)):
             for depth in (0, 1, 5, 30):
-                layout = SequenceLayout.build(borders, cp_size=3, kind=kind)
+                layout = SequenceLayout.build(borders, cp_size=3, kind=kind, per_document=per_document)
                 for rank in range(3):
                     own = set(layout.rows_of(rank).tolist())
                     documents = [range(a, b) for a, b in zip(borders[:-1], borders[1:], strict=True)]

@@ -25,6 +25,7 @@ BATCH = 2
 MICROBATCHES = 2
 DOCUMENTS = (0, 16, 48, 48, 128)  # every length divides by 2 * cp_size * tp_size for all layouts tested; one is empty
 UNEVEN_DOCUMENTS = (0, 1, 8, 49, 128)
+SINGLE_TOKENS = tuple(range(10))  # documents of one token: the first rank holds them all
 
 
 @dataclass(frozen=True)
@@ -208,10 +209,11 @@ def make_batch(scenario: str, seed: int) -> tuple[dict[str, torch.Tensor], Seque
     """A global batch and, for packs, its document borders. Loss masks leave every rank another number of tokens.
 
     Scenarios: ``plain``; ``masked`` (all tokens of one context-parallel rank are masked, zigzag at cp 2 and 4); ``packed``;
-    ``uneven`` (documents of lengths that do not divide, so ranks hold different numbers of tokens).
+    ``uneven`` (documents of lengths that do not divide, so ranks hold different numbers of tokens); ``single`` (documents so
+    short that some ranks hold nothing).
     """
     generator = torch.Generator().manual_seed(seed)
-    cu_seqlens = {"packed": DOCUMENTS, "uneven": UNEVEN_DOCUMENTS}.get(scenario)
+    cu_seqlens = {"packed": DOCUMENTS, "uneven": UNEVEN_DOCUMENTS, "single": SINGLE_TOKENS}.get(scenario)
     shape = (BATCH, LENGTH) if cu_seqlens is None else (1, cu_seqlens[-1])
     tokens = torch.randint(0, VOCAB, (shape[0], shape[1] + 1), generator=generator)
     mask = (torch.rand(shape, generator=generator) < torch.linspace(0.2, 0.9, shape[1])).double()

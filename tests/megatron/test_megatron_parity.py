@@ -51,7 +51,7 @@ def reference(workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Ref
         if repr(model) not in known:
             directory = str(tmp_path_factory.mktemp("checkpoint") / "model")
             workers(1).run(harness.make_checkpoint, model, directory)
-            known[repr(model)] = directory, step(workers, model, Parallel(), (*SCENARIOS, "uneven"), directory)
+            known[repr(model)] = directory, step(workers, model, Parallel(), (*SCENARIOS, "uneven", "single"), directory)
         return known[repr(model)]
 
     return of
@@ -90,7 +90,7 @@ def test_layouts_agree(workers: Workers, reference: Reference, parallel: Paralle
 @pytest.mark.parametrize("parallel", [Parallel(cp=2), Parallel(cp=4), Parallel(tp=2, cp=2)], ids=str)
 def test_documents_of_any_length_agree(workers: Workers, reference: Reference, parallel: Parallel) -> None:
     directory, expected = reference(INDEPENDENT)
-    check_results(step(workers, INDEPENDENT, parallel, ("uneven",), directory), expected, EXACT)
+    check_results(step(workers, INDEPENDENT, parallel, ("uneven", "single"), directory), expected, EXACT)
 
 
 @pytest.mark.parametrize("parallel", [Parallel(cp=2), Parallel(cp=4), Parallel(tp=2, pp=2, cp=2)], ids=str)
@@ -110,6 +110,8 @@ def test_every_parameter_learns(reference: Reference) -> None:
     """Otherwise the comparisons above would compare zeros."""
     for model in MODELS.values():
         for scenario, result in reference(model)[1].items():
+            if scenario == "single":  # too short for a compressed token
+                continue
             for name, gradient in result.gradients.items():
                 assert gradient.norm() > 1e-5 * result.norm, f"{scenario}: {name}"
 
@@ -129,9 +131,7 @@ def test_recompute_changes_nothing(
 def test_recompute_repeats_dropout(workers: Workers, reference: Reference) -> None:
     directory, without = reference(INDEPENDENT)
     model = INDEPENDENT.with_extra(hidden_dropout=0.2)
-    plain, again = (
-        step(workers, each, Parallel(), SCENARIOS, directory) for each in (model, model.with_extra(**FULL_RECOMPUTE))
-    )
+    plain, again = (step(workers, each, Parallel(), SCENARIOS, directory) for each in (model, model.with_extra(**FULL_RECOMPUTE)))
     assert abs(plain["plain"].loss - without["plain"].loss) > 1e-3
     check_results(again, plain, 0.0)
 
@@ -164,9 +164,7 @@ def test_checkpoint_moves_between_layouts(workers: Workers, reference: Reference
 def test_megatrons_optimizer_takes_the_same_steps(workers: Workers, reference: Reference, parallel: Parallel) -> None:
     model = replace(SHARED, dtype=torch.float32)
     directory, _ = reference(model)
-    one, many = (
-        workers(each.world).run(harness.run_optimizer, model, each, directory, 3) for each in (Parallel(), parallel)
-    )
+    one, many = (workers(each.world).run(harness.run_optimizer, model, each, directory, 3) for each in (Parallel(), parallel))
     losses = [[figure[0] for figure in rank] for rank in many if rank[0][0] is not None]
     for ranks in losses:
         assert ranks == pytest.approx([figure[0] for figure in one[0]], rel=ROUNDED)

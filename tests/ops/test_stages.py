@@ -21,6 +21,7 @@ from nsa_cp.ops import (
     selected_attention,
     window_attention,
 )
+from nsa_cp.ops.compression import compress, initial_compressor_weights
 from nsa_cp.testing import assert_close
 from nsa_cp.testing.cases import make_problem, solve
 
@@ -185,6 +186,21 @@ def test_lower_precision_is_as_exact_as_its_inputs(dtype: torch.dtype) -> None:
     assert actual["out"].dtype == dtype and actual["lse_window"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("compressor", ["linear", "mlp"])
+def test_compression_by_weights_of_another_dtype_is_in_the_inputs_dtype(compressor: str) -> None:
+    """As the kernels do it: products' weights rounded to the inputs' dtype, one rounding at the end."""
+    config, dtype = replace(SMALL, compressor=compressor), torch.bfloat16
+    torch.manual_seed(1)
+    x, starts = torch.randn(40, 2, 6).to(dtype), torch.arange(0, 33, 4, dtype=torch.int32)
+    weights = [0.3 * torch.randn_like(w) for w in initial_compressor_weights(config, 2, 6)]
+    exact = [weights[0].double(), *(w.to(dtype).double() for w in weights[1:])]
+    out = compress(x, starts, tuple(w.requires_grad_() for w in weights), config)
+    assert out.dtype == dtype
+    assert_close(out.double(), compress(x.double(), starts, tuple(exact), config), max_relative_error=torch.finfo(dtype).eps)
+    out.float().sum().backward()
+    assert all(w.grad.dtype == torch.float32 and w.grad.abs().max() > 0 for w in weights)
+
+
 def test_autocast_changes_no_bit() -> None:
     problem = make_problem(SMALL, PACKED, dtype=torch.float32)
     expected = solve(problem)
@@ -244,6 +260,14 @@ def test_backends_that_cannot_run_are_refused(backend: str, monkeypatch: pytest.
     q, k, v = problem.q, problem.k[0], problem.v[0]
     with pytest.raises(ValueError, match=f"backend = '{backend}'"):
         window_attention(q, k, v, SMALL, backend=backend)
+
+
+def test_the_interpreter_is_not_trusted_with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x = torch.zeros(4, 2, 16)
+    assert dispatch.resolve_backend("auto", x) == "triton" and dispatch.resolve_backend("auto", x.bfloat16()) == "torch"
+    with pytest.raises(ValueError, match="interpreter computes bfloat16 wrongly; use backend = 'auto' or 'torch'"):
+        dispatch.resolve_backend("triton", x.bfloat16())
 
 
 @pytest.mark.parametrize(

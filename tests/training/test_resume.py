@@ -13,9 +13,10 @@ import pytest
 from training_harness import close, metrics, rewind, tiny_config, train_here
 
 from nsa_cp.testing import DistributedPool
-from nsa_cp.training import checkpoint
+from nsa_cp.training import checkpoint, plan
 from nsa_cp.training import step as training_step
 from nsa_cp.training.config import RunConfig
+from nsa_cp.training.errors import UserError
 from nsa_cp.training.manifest import find_latest, read_manifest
 from nsa_cp.training.run_folder import RunFolder
 
@@ -149,6 +150,22 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before(tmp_path: Path, worke
     assert [item.name for item in folder.glob(".incomplete-*")] == [".incomplete-step_00000004"]
     workers(1).run(train_here, config, resume=True)
     assert sorted(item.name for item in folder.iterdir()) == ["latest", "step_00000002", "step_00000004"]
+
+
+def _resume_from_another_step_on_each_rank(rank: int, world_size: int, config: RunConfig) -> None:
+    """As if storage showed the processes different files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "find_latest", lambda folder: folder / f"step_0000000{2 + 2 * rank}")
+        train_here(rank, world_size, config, resume=True)
+
+
+def test_processes_that_find_different_checkpoints_stop(tmp_path: Path, workers: Workers) -> None:
+    config = tiny_config(tmp_path, "parallel.context=2")
+    workers(2).run(train_here, config)
+    before = metrics(config, *COLUMNS)
+    with pytest.raises(UserError, match="different newest checkpoints, step_00000002 and step_00000004, in .*checkpoints; begin"):
+        workers(2).run(_resume_from_another_step_on_each_rank, config)
+    assert metrics(config, *COLUMNS) == before
 
 
 def test_old_checkpoints_go_and_a_finished_run_can_be_resumed(tmp_path: Path, workers: Workers) -> None:
