@@ -111,11 +111,12 @@ class NativeSparseAttention(nn.Module):
             raise ValueError(
                 f"num_attention_heads = {num_attention_heads} is not a positive multiple of num_query_groups = {num_query_groups}"
             )
-        self.num_attention_heads = num_attention_heads
+        self.num_attention_heads, self.num_query_groups = num_attention_heads, num_query_groups
+        self.qk_dim, self.v_dim = qk_dim, qk_dim if v_dim is None else v_dim
         self.config, self.rotary, self.cp_group = config, rotary, cp_group
         factory = {"generator": generator, "device": device, "dtype": dtype}
         self.k_compressor = Compressor(config, num_query_groups, qk_dim, **factory)
-        self.v_compressor = Compressor(config, num_query_groups, qk_dim if v_dim is None else v_dim, **factory)
+        self.v_compressor = Compressor(config, num_query_groups, self.v_dim, **factory)
         self.record_selection = False
         self.last_metrics: dict[str, torch.Tensor] = {}
         self.last_selection: torch.Tensor | None = None
@@ -147,6 +148,13 @@ class NativeSparseAttention(nn.Module):
             raise ValueError(
                 f"q has {q.shape[1]} heads; this module was made for num_attention_heads = {self.num_attention_heads}"
             )
+        for name, branches, width in (("k", k, self.qk_dim), ("v", v, self.v_dim)):
+            for x in branches:
+                if x.dim() == 3 and x.shape[1:] != (self.num_query_groups, width):
+                    raise ValueError(
+                        f"{name} has {x.shape[1]} groups of {x.shape[2]} channels; this module was made for "
+                        f"num_query_groups = {self.num_query_groups} of {width}"
+                    )
         gates = gate_logits.sigmoid()
         result = native_sparse_attention(
             q, k, v, gates, self.k_compressor.weights, self.v_compressor.weights, self.config,

@@ -43,6 +43,14 @@ def rate(text: str) -> float:
     return value
 
 
+def rate_above_0(text: str) -> float:
+    """A factor or a learning rate: finite and above 0."""
+    value = _number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0; give for example 0.001")
+    return value
+
+
 def seconds(text: str) -> float:
     """An argument in seconds: finite and above 0."""
     value = _number(text)

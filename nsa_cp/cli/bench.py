@@ -79,6 +79,8 @@ def _attention(arguments: argparse.Namespace) -> int:
     if unknown:
         raise UserError(f"implementations {sorted(unknown)} are unknown; use some of {', '.join(IMPLEMENTATIONS)}")
     dtype = getattr(torch, arguments.dtype)
+    if arguments.csv and arguments.csv.is_dir():
+        raise UserError(f"--csv {arguments.csv} is a folder; give a file in it")
     rows = []
     with as_user_error():
         cases = default_cases(
@@ -91,8 +93,9 @@ def _attention(arguments: argparse.Namespace) -> int:
         ):
             rows.append(row)
             print(_line(row, work[row.key]), flush=True)
-    if arguments.csv:
-        write_csv(Row, rows, arguments.csv)
+            if arguments.csv:
+                write_csv(Row, rows, arguments.csv)
+    if arguments.csv and rows:
         plots = plot_attention(arguments.csv, arguments.csv.parent)
         print(f"wrote {', '.join(map(str, [arguments.csv, *plots]))}")
     return 0

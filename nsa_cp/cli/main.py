@@ -30,9 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parse(argv)
         return int(arguments.run(arguments) or 0)
     except UserError as error:
-        if _speaks():
-            print(f"nsa-cp: {error}", file=sys.stderr, flush=True)
-        return 2
+        message = str(error)
+    except (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError) as error:
+        message = f"{error.filename}: {error.strerror}; choose another path, or give this user the right to it"
+    if _speaks():
+        print(f"nsa-cp: {message}", file=sys.stderr, flush=True)
+    return 2
 
 
 class _Parser(argparse.ArgumentParser):

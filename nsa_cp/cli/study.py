@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nsa_cp.cli.arguments import chosen_device
+from nsa_cp.cli.arguments import chosen_device, rate_above_0, seconds
 from nsa_cp.training.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,14 +27,14 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     study.add_argument("--out", type=Path, default=Path("runs/study"), metavar="FOLDER", help="finished runs; default runs/study")
     study.add_argument("--workers", type=int, default=1, metavar="N", help="runs at a time; 0: in this process")
     study.add_argument(
-        "--time-limit", type=float, metavar="SECONDS", help="when no run starts any more and those at work give up"
+        "--time-limit", type=seconds, metavar="SECONDS", help="when no run starts any more and those at work give up"
     )
     study.add_argument(
         "--only", nargs="+", default=[], metavar="KEY=A,B", help="a part of the table: arm=nsa,full lr=0.004 seed=0"
     )
     study.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1 in place of the study's")
-    study.add_argument("--lrs", type=float, nargs="+", metavar="LR", help="learning rates in place of the study's")
-    study.add_argument("--steps-scale", type=float, default=1.0, metavar="X", help="X times the steps of every stage")
+    study.add_argument("--lrs", type=rate_above_0, nargs="+", metavar="LR", help="learning rates in place of the study's")
+    study.add_argument("--steps-scale", type=rate_above_0, default=1.0, metavar="X", help="X times the steps of every stage")
     study.add_argument("--device", default="", help="cuda or cpu; default: cuda where it is there")
     study.add_argument(
         "--text", type=Path, metavar="FOLDER", help="of language: packages of Python sources; default: the installed"
@@ -62,6 +62,9 @@ def _study(arguments: argparse.Namespace) -> int:
     study = _chosen(arguments)
     if arguments.list:
         return _list(study, store.path)
+    device = chosen_device(arguments.device)
+    # Found out before hours of runs.
+    arguments.out.mkdir(parents=True, exist_ok=True)
     from nsa_cp.study.workers import Table
     from nsa_cp.training.signals import StopRequest
 
@@ -69,7 +72,7 @@ def _study(arguments: argparse.Namespace) -> int:
         table = Table(
             study,
             store,
-            chosen_device(arguments.device),
+            device,
             num_workers=arguments.workers,
             deadline=deadline,
             use_graph=not arguments.no_graph,
@@ -78,8 +81,10 @@ def _study(arguments: argparse.Namespace) -> int:
             should_stop=lambda: stop.name is not None,
         )
         complete = table.run()
-    print(f"{'complete' if complete else 'not complete; the same command goes on'}: {store.path}")
-    return 0
+    failed = sum(record["status"] != "done" for record in table.records.values())
+    state = "complete" if complete else "not complete; the same command goes on"
+    print(f"{state}{f', but {failed} runs failed' if failed else ''}: {store.path}")
+    return 1 if failed else 0
 
 
 def _chosen(arguments: argparse.Namespace) -> Study:

@@ -25,16 +25,18 @@ class RunStore:
         self.path = path
 
     def load(self) -> dict[str, Record]:
-        """Records by run, in the order in which they were added. A last line that was cut off is left out."""
+        """Records by run, in the order in which they were added. Lines that cannot be read, such as a last one that was cut off,
+        are left out."""
         if not self.path.is_file():
             return {}
         records = {}
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_bytes().split(b"\n"):
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:
+            except ValueError:
                 continue  # cut off when the process was killed: that run is made again
-            records[record["run"]] = record
+            if isinstance(record, dict) and "run" in record:
+                records[record["run"]] = record
         return records
 
     def add(self, record: Record) -> None:

@@ -22,12 +22,13 @@ def find_problems(config: RunConfig, skip: frozenset[str] = frozenset()) -> list
     return [problem for sections, check in _CHECKS if not skip & set(sections) for problem in check(config)]
 
 
-def check_world(config: RunConfig, world_size: int) -> None:
+def check_world(config: RunConfig, world_size: int, *, for_training: bool = True) -> None:
     """Check what depends on the number of processes.
 
     Args:
         config: a resolved run.
         world_size: processes that were started.
+        for_training: the global batch, which evaluation does not have, counts too.
 
     Raises:
         UserError: the processes do not divide into the parallel sizes, or the batch does not divide over them.
@@ -43,7 +44,7 @@ def check_world(config: RunConfig, world_size: int) -> None:
         )
     dp = config.data_parallel_size(world_size)
     step = train.micro_batch_size * dp
-    if train.global_batch_size % step:
+    if for_training and train.global_batch_size % step:
         raise UserError(
             f"train.global_batch_size = {train.global_batch_size} is not a multiple of "
             f"train.micro_batch_size * data-parallel size = {train.micro_batch_size}*{dp} = {step}; "

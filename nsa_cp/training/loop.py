@@ -66,6 +66,13 @@ def _quieten() -> None:
 
 
 def _run(plan: Plan, *, overwrite: bool) -> dict[str, Any] | None:
+    try:
+        return _begin_and_train(plan, overwrite=overwrite)
+    finally:
+        plan.folder.release()
+
+
+def _begin_and_train(plan: Plan, *, overwrite: bool) -> dict[str, Any] | None:
     config, folder, first = plan.config, plan.folder, plan.launch.rank == 0
     trainer = build_trainer(config, plan.device)
     progress = Progress()
@@ -220,7 +227,7 @@ def evaluate(config: RunConfig, checkpoint: Path | None = None) -> dict[str, Any
     plan = prepare(config, for_training=False)
     path = checkpoint or find_latest(plan.folder.checkpoints)
     manifest = read_manifest(path)
-    check_compatible(manifest, plan.config, path, same_data=False)
+    check_compatible(manifest, plan.config, path, to_resume=False)
     with processes(plan):
         trainer = build_trainer(plan.config, plan.device, for_training=False)
         _check_all_found(path, f"in {path.parent}; name one")
@@ -228,9 +235,11 @@ def evaluate(config: RunConfig, checkpoint: Path | None = None) -> dict[str, Any
         _close_selected_until_due(trainer, manifest["step"])
         loss = validation_loss(trainer, plan.source)
     whole, validation = plan.source.unigram_bits_per_byte()
+    differing = changed_settings(manifest, plan.config)
     return {
         "checkpoint": str(path),
         "step": manifest["step"],
+        **({"settings_unlike_the_checkpoints": differing} if differing else {}),
         "val_loss": loss,
         "val_bits_per_byte": bits_per_byte(loss, plan.source.bytes_per_token),
         "unigram_bits_per_byte": whole,

@@ -65,7 +65,7 @@ def find_latest(folder: Path) -> Path:
             f"there is no checkpoint in {folder} to resume from; begin with --overwrite, or without --resume "
             f"where there is no run yet"
         )
-    path = folder / pointer.read_text(encoding="utf-8").strip()
+    path = folder / pointer.read_text(encoding="utf-8", errors="replace").strip()
     if path.parent != folder or not path.is_dir():
         others = ", ".join(sorted(item.name for item in folder.glob("step_*"))) or "none"
         raise UserError(
@@ -96,6 +96,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"checkpoint {path} has version {manifest.get('version')}, and this nsa-cp reads version {_VERSION}; "
             f"use the nsa-cp that wrote it"
         )
+    if not isinstance(manifest.get("files"), dict):
+        raise UserError(f"checkpoint {path} is damaged: {MANIFEST} lists no files; use another checkpoint")
     for name, size in manifest["files"].items():
         part = path / name
         found = part.stat().st_size if part.is_file() else None
@@ -107,24 +109,27 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_compatible(manifest: dict[str, Any], config: RunConfig, path: Path, *, same_data: bool) -> None:
-    """Refuse a checkpoint whose weights or optimizer state do not fit the run.
+def check_compatible(manifest: dict[str, Any], config: RunConfig, path: Path, *, to_resume: bool = True) -> None:
+    """Refuse a checkpoint whose weights do not fit the run.
 
     Args:
-        same_data: also refuse other data, on which a resumed run would repeat text, skip it, or train on what was held out.
-            Paths may change, since data moves.
+        to_resume: also refuse another optimizer, a step beyond the run's last, and other data, on which a resumed run would
+            repeat text, skip it, or train on what was held out. Paths may change, since data moves.
 
     Raises:
         UserError: naming all settings that differ, with both values.
     """
     pairs = list(_shape_pairs(manifest["model"], config.model_shape()))
-    pairs += [(key, manifest["optimizer"].get(key), value) for key, value in _optimizer_kind(config).items()]
-    if same_data:
+    if to_resume:
+        pairs += [(key, manifest["optimizer"].get(key), value) for key, value in _optimizer_kind(config).items()]
         names = ("kind", "sequence_length", "validation_fraction")
         pairs.append(("seed", manifest["seed"], config.seed))
         pairs += [(f"data.{name}", manifest["data"].get(name), getattr(config.data, name)) for name in names]
-    _refuse_differences(pairs, path, "resume with", "or give the run another name to start afresh")
-    if manifest["step"] > config.train.steps:
+    if to_resume:
+        _refuse_differences(pairs, path, "resume with", "or give the run another name to start afresh")
+    else:
+        _refuse_differences(pairs, path, "evaluate with", "or another checkpoint")
+    if to_resume and manifest["step"] > config.train.steps:
         raise UserError(
             f"checkpoint {path} is at step {manifest['step']}, beyond train.steps = {config.train.steps}; "
             f"raise train.steps to go on"

@@ -58,7 +58,7 @@ def prepare(config: RunConfig, *, resume: bool = False, overwrite: bool = False,
     launch = Launch.from_environment()
     with as_user_error():
         check_apex()
-    check_world(config, launch.world_size)
+    check_world(config, launch.world_size, for_training=for_training)
     device = choose_device(config.train.device, launch.local_rank)
     source = open_source(config)
     if config.data.vocab_size is None:
@@ -70,7 +70,7 @@ def prepare(config: RunConfig, *, resume: bool = False, overwrite: bool = False,
     if resume:
         path = find_latest(folder.checkpoints)
         manifest = read_manifest(path)
-        check_compatible(manifest, config, path, same_data=True)
+        check_compatible(manifest, config, path)
         plan.checkpoint = (path, manifest)
     elif for_training and config.train.init_from is not None:
         path = find_initial(config.train.init_from, folder.path)

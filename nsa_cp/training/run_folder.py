@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 from nsa_cp.training.config import RunConfig, differences
 from nsa_cp.training.errors import UserError
@@ -27,6 +33,7 @@ class RunFolder:
         self.config, self.metrics, self.summary = path / "config.yaml", path / "metrics.jsonl", path / "summary.json"
         self.loss_plot, self.blocks_plot, self.sample = path / "loss.png", path / "blocks.png", path / "sample.txt"
         self.tensorboard, self.checkpoints, self.index_cache = path / "tensorboard", path / CHECKPOINTS, path / "index_cache"
+        self._lock: int | None = None
 
     def exists(self) -> bool:
         """Whether a run has begun here."""
@@ -55,11 +62,15 @@ class RunFolder:
 
         Returns:
             Settings in which a run that goes on differs from its part before, each with both values. That part's file then stays
-            as ``config_before_1.yaml``, 2 and so on.
+            as ``config_before_1.yaml``, 2 and so on; also how many lines of metrics.jsonl cannot be read.
+
+        Raises:
+            UserError: another process is at work on this run; nothing has been changed then.
         """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
         if overwrite:
             self._remove()
-        self.path.mkdir(parents=True, exist_ok=True)
         changes = []
         if self.config.is_file():
             before = self.config.read_text(encoding="utf-8")
@@ -67,7 +78,41 @@ class RunFolder:
             if changes:
                 write_atomically(self.path / f"config_before_{len(self._earlier_configs()) + 1}.yaml", before)
         write_atomically(self.config, config.to_yaml())
+        if damaged := self._set_damaged_metrics_aside():
+            changes.append(f"{damaged} lines of {self.metrics.name} cannot be read and are left out; the old file is beside it")
         return changes
+
+    def release(self) -> None:
+        """Let other processes begin in the folder; without effect before :meth:`begin`."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _take_lock(self) -> None:
+        """Held until :meth:`release` or the process's end, however that comes; where there are no such locks, there is none."""
+        if fcntl is None or self._lock is not None:
+            return
+        self._lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.release()
+            raise UserError(
+                f"another process is at work on run {self.path}; wait for its end, or choose another name="
+            ) from error
+        except OSError:  # some network file systems
+            self.release()
+
+    def _set_damaged_metrics_aside(self) -> int:
+        """Keep a copy of a metrics.jsonl with lines that cannot be read; how many there are, a cut last one not counted."""
+        if not self.metrics.is_file():
+            return 0
+        content = self.metrics.read_bytes()
+        damaged = content.count(b"\n") - sum(_row(line) is not None for line in content.split(b"\n")[:-1])
+        if damaged:
+            number = len(list(self.path.glob("metrics_damaged_*.jsonl"))) + 1
+            shutil.copyfile(self.metrics, self.path / f"metrics_damaged_{number}.jsonl")
+        return damaged
 
     def _earlier_configs(self) -> list[Path]:
         return list(self.path.glob("config_before_*.yaml"))
@@ -80,11 +125,11 @@ class RunFolder:
         """
         rows = [row for row in read_metrics(self.metrics) if row["step"] <= step]
         write_atomically(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
-        return float(rows[-1]["wall_seconds"]) if rows else 0.0
+        return float(rows[-1].get("wall_seconds", 0.0)) if rows else 0.0
 
     def _remove(self) -> None:
         files = (self.config, self.metrics, self.summary, self.loss_plot, self.blocks_plot, self.sample)
-        for item in (*files, *self._earlier_configs()):
+        for item in (*files, *self._earlier_configs(), *self.path.glob("metrics_damaged_*.jsonl")):
             item.unlink(missing_ok=True)
         for item in (self.tensorboard, self.checkpoints, self.index_cache):
             if item.is_dir():
@@ -92,16 +137,17 @@ class RunFolder:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a last line that a crash cut short is left out."""
-    rows: list[dict[str, Any]] = []
-    if not path.is_file():
-        return rows
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    """Rows of a metrics.jsonl; lines that cannot be read, such as a last one that a crash cut short, are left out."""
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    return [row for line in lines if (row := _row(line)) is not None]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def _settings(text: str) -> dict[str, Any]:

@@ -176,6 +176,17 @@ def test_refusals(call: Callable, message: str) -> None:
         call()
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [("k", (4, 16), "k has 4 groups of 16"), ("k", (2, 12), "k has 2 groups of 12"), ("v", (2, 16), "v has 2 groups of 16 ch")],
+)
+def test_groups_and_widths_other_than_those_the_module_was_made_for(name: str, shape: tuple[int, int], message: str) -> None:
+    q, k, v, logits = _module_inputs(24)
+    (k if name == "k" else v)[1] = torch.zeros(24, *shape, dtype=torch.float64)
+    with pytest.raises(ValueError, match=f"{message}.* made for num_query_groups = 2 of"):
+        _module()(q, k, v, logits, SequenceLayout.build(24))
+
+
 def test_heads_other_than_those_the_module_was_made_for() -> None:
     config = NSAConfig(compress_block_size=8, compress_stride=4, select_block_size=16, num_selected_blocks=3, window_size=16)
     module = NativeSparseAttention(config, num_attention_heads=8, num_query_groups=2, qk_dim=8)

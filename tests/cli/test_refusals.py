@@ -187,6 +187,21 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--repetitions: 0 is not a positive whole number" in refuse(capsys, "bench", "attention", "--repetitions", "0")
 
 
+def test_places_that_cannot_be_written_to(capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is measured or trained."""
+    Path("file").write_text("")
+    study = ("study", "mqar", "--scale", "tiny", "--device", "cpu", "--workers", "0")
+    assert "file: File exists; choose another path" in refuse(capsys, *study, "--out", "file")
+    small = ("bench", "attention", "--device", "cpu", "--seq-lens", "128", "--heads", "4/2x16", "--impls", "nsa")
+    assert "--csv . is a folder; give a file in it" in refuse(capsys, *small, "--csv", ".")
+
+
+@pytest.mark.parametrize("value", ["nan", "-1", "0"])
+@pytest.mark.parametrize("option", ["--lrs", "--steps-scale", "--time-limit"])
+def test_studies_want_finite_numbers_above_0(capsys: pytest.CaptureFixture[str], option: str, value: str) -> None:
+    assert f"{option}: {value} is not" in refuse(capsys, "study", "mqar", "--scale", "tiny", f"{option}={value}")
+
+
 def test_env_reports_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["env"]) == 0
     report = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from training_harness import close, metrics, rewind, tiny_config, train_here
+from training_harness import close, metrics, rewind, snapshot, tiny_config, train_here
 
 from nsa_cp.testing import DistributedPool
 from nsa_cp.training import checkpoint, plan
@@ -197,3 +198,59 @@ def test_a_resume_with_other_settings_says_which_and_keeps_the_file_before(tmp_p
     for broken in ("", "[1", "3"):
         folder.config.write_text(broken)
         assert folder.begin(other, overwrite=False) and folder.config.read_text() == other.to_yaml()
+
+
+def _evaluated(rank: int, world_size: int, config: RunConfig, checkpoint: Path) -> dict[str, Any]:
+    from nsa_cp.megatron import cpu_compatibility
+    from nsa_cp.training.loop import evaluate
+
+    with warnings.catch_warnings(), cpu_compatibility():
+        return evaluate(config, checkpoint)
+
+
+def test_evaluation_wants_no_batch_and_no_steps_and_says_what_differs(tmp_path: Path, workers: Workers) -> None:
+    config = tiny_config(tmp_path)
+    workers(1).run(train_here, config)
+    path = config.run_dir / "checkpoints" / "step_00000004"
+    ((known,), others) = (
+        workers(world).run(_evaluated, tiny_config(tmp_path, *overrides), path)
+        for world, overrides in ((1, []), (2, ["nsa.num_selected_blocks=3", "train.global_batch_size=1", "train.steps=2"]))
+    )
+    assert known["val_loss"] == metrics(config, "val_loss")[-1][0] and "settings_unlike_the_checkpoints" not in known
+    blocks = config.nsa.num_selected_blocks
+    assert [each["settings_unlike_the_checkpoints"] for each in others] == [[f"nsa.num_selected_blocks: {blocks} -> 3"]] * 2
+    assert others[0]["val_loss"] != known["val_loss"]
+    with pytest.raises(UserError, match="model shape num_layers.*; evaluate with .* or another checkpoint"):
+        workers(1).run(_evaluated, tiny_config(tmp_path, "model.num_layers=4"), path)
+
+
+def test_a_second_process_is_kept_out_while_one_is_at_work(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    first, second = RunFolder(tmp_path / "tiny"), RunFolder(tmp_path / "tiny")
+    first.begin(config, overwrite=False)
+    for overwrite in (False, True):
+        before = snapshot(first.path)
+        with pytest.raises(UserError, match="another process is at work on run .*tiny; wait for its end, or choose another"):
+            second.begin(config, overwrite=overwrite)
+        assert snapshot(first.path) == before
+    first.release()
+    assert second.begin(config, overwrite=False) == []
+    second.release()
+
+
+def test_lines_that_cannot_be_read_do_not_take_the_others_with_them(tmp_path: Path, workers: Workers) -> None:
+    config = tiny_config(tmp_path)
+    workers(1).run(train_here, config)
+    rows, path = metrics(config, *COLUMNS), config.run_dir / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[0], b'{"step": 2, "lo\n', b"\xff\xfe\n", b"{}\n", b"1\n", *lines[2:]]) + b'{"step": 5')
+    damaged = path.read_bytes()
+    folder = RunFolder(config.run_dir)
+    (change,) = folder.begin(config, overwrite=False)
+    folder.release()
+    assert change.startswith("4 lines of metrics.jsonl cannot be read") and path.read_bytes() == damaged
+    assert (config.run_dir / "metrics_damaged_1.jsonl").read_bytes() == damaged
+    assert folder.keep_metrics_until(4) > 0 and metrics(config, *COLUMNS) == [rows[0], *rows[2:]]
+    again = RunFolder(config.run_dir)
+    assert again.begin(config, overwrite=True) == [] and not list(config.run_dir.glob("metrics*"))
+    again.release()
