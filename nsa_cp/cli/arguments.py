@@ -37,26 +37,17 @@ def positive(text: str) -> int:
 
 def rate(text: str) -> float:
     """An argument in units a second: finite and above 0."""
-    value = _number(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0, so nothing would ever arrive; give a rate, for example 50")
-    return value
+    return _above_0(text, ", so nothing would ever arrive; give a rate, for example 50")
 
 
-def rate_above_0(text: str) -> float:
+def factor(text: str) -> float:
     """A factor or a learning rate: finite and above 0."""
-    value = _number(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0; give for example 0.001")
-    return value
+    return _above_0(text, "; give for example 0.001")
 
 
 def seconds(text: str) -> float:
     """An argument in seconds: finite and above 0."""
-    value = _number(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0; give seconds, for example 0.5")
-    return value
+    return _above_0(text, "; give seconds, for example 0.5")
 
 
 def duration(text: str) -> float:
@@ -64,6 +55,13 @@ def duration(text: str) -> float:
     value = _number(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is less than 0; give milliseconds, for example 0.05")
+    return value
+
+
+def _above_0(text: str, remedy: str) -> float:
+    value = _number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0{remedy}")
     return value
 
 

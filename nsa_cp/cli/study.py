@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nsa_cp.cli.arguments import chosen_device, rate_above_0, seconds
+from nsa_cp.cli.arguments import chosen_device, factor, seconds
 from nsa_cp.training.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--only", nargs="+", default=[], metavar="KEY=A,B", help="a part of the table: arm=nsa,full lr=0.004 seed=0"
     )
     study.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1 in place of the study's")
-    study.add_argument("--lrs", type=rate_above_0, nargs="+", metavar="LR", help="learning rates in place of the study's")
-    study.add_argument("--steps-scale", type=rate_above_0, default=1.0, metavar="X", help="X times the steps of every stage")
+    study.add_argument("--lrs", type=factor, nargs="+", metavar="LR", help="learning rates in place of the study's")
+    study.add_argument("--steps-scale", type=factor, default=1.0, metavar="X", help="X times the steps of every stage")
     study.add_argument("--device", default="", help="cuda or cpu; default: cuda where it is there")
     study.add_argument(
         "--text", type=Path, metavar="FOLDER", help="of language: packages of Python sources; default: the installed"
@@ -93,8 +93,8 @@ def _chosen(arguments: argparse.Namespace) -> Study:
 
     from nsa_cp.study.studies import build_study, scale_steps
 
-    for name in ("workers", "seeds", "time_limit", "steps_scale"):
-        value, least = getattr(arguments, name), 0 if name == "workers" else 1e-9
+    for name, least in (("workers", 0), ("seeds", 1)):
+        value = getattr(arguments, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} = {value} is too small; use a positive number")
     if arguments.text is not None and not arguments.text.is_dir():

@@ -24,7 +24,7 @@ class HaloRows:
         buffer_rows: ascending int64 global rows of the merged buffer [M].
         arrival: global rows received, int64: grouped by the rank they come from, ascending within each.
         runs: the buffer as runs of own (0) and received (1) rows; None where they are many (see ``runs.py``).
-        order: then, the row of (own rows, then received ones) at each row of the buffer, int64 [M]; None where there are runs.
+        order: in place of many runs, the row of (own rows, then received ones) at each row of the buffer, int64 [M]; else None.
         send: for each rank the local rows it needs, int64.
     """
 

@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from nsa_cp.training.files import json_lines
+
 Record = dict[str, Any]
 
 
@@ -29,15 +31,8 @@ class RunStore:
         are left out."""
         if not self.path.is_file():
             return {}
-        records = {}
-        for line in self.path.read_bytes().split(b"\n"):
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue  # cut off when the process was killed: that run is made again
-            if isinstance(record, dict) and "run" in record:
-                records[record["run"]] = record
-        return records
+        # A run whose line was cut off when the process was killed is made again.
+        return {record["run"]: record for record in json_lines(self.path.read_bytes()) if "run" in record}
 
     def add(self, record: Record) -> None:
         """Append a record and have it on disk before returning. Numbers that are not finite become null."""

@@ -44,7 +44,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
         UserError: bad input; nothing has been created, changed or sent to another process then.
     """
     plan = prepare(config, resume=resume, overwrite=overwrite)
-    with processes(plan):
+    with processes(plan), contextlib.closing(plan.folder):
         return _run(plan, overwrite=overwrite)
 
 
@@ -66,13 +66,6 @@ def _quieten() -> None:
 
 
 def _run(plan: Plan, *, overwrite: bool) -> dict[str, Any] | None:
-    try:
-        return _begin_and_train(plan, overwrite=overwrite)
-    finally:
-        plan.folder.release()
-
-
-def _begin_and_train(plan: Plan, *, overwrite: bool) -> dict[str, Any] | None:
     config, folder, first = plan.config, plan.folder, plan.launch.rank == 0
     trainer = build_trainer(config, plan.device)
     progress = Progress()

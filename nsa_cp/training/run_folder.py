@@ -17,7 +17,7 @@ except ImportError:  # not on Windows
 
 from nsa_cp.training.config import RunConfig, differences
 from nsa_cp.training.errors import UserError
-from nsa_cp.training.files import write_atomically
+from nsa_cp.training.files import json_lines, write_atomically
 from nsa_cp.training.manifest import CHECKPOINTS, LATEST
 
 
@@ -82,33 +82,34 @@ class RunFolder:
             changes.append(f"{damaged} lines of {self.metrics.name} cannot be read and are left out; the old file is beside it")
         return changes
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Let other processes begin in the folder; without effect before :meth:`begin`."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def _take_lock(self) -> None:
-        """Held until :meth:`release` or the process's end, however that comes; where there are no such locks, there is none."""
+        """Held until :meth:`close` or the process's end, however that comes; where there are no such locks, there is none."""
         if fcntl is None or self._lock is not None:
             return
         self._lock = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            self.release()
+            self.close()
             raise UserError(
                 f"another process is at work on run {self.path}; wait for its end, or choose another name="
             ) from error
         except OSError:  # some network file systems
-            self.release()
+            self.close()
 
     def _set_damaged_metrics_aside(self) -> int:
         """Keep a copy of a metrics.jsonl with lines that cannot be read; how many there are, a cut last one not counted."""
         if not self.metrics.is_file():
             return 0
         content = self.metrics.read_bytes()
-        damaged = content.count(b"\n") - sum(_row(line) is not None for line in content.split(b"\n")[:-1])
+        complete, _, _ = content.rpartition(b"\n")
+        damaged = content.count(b"\n") - len(_rows(complete))
         if damaged:
             number = len(list(self.path.glob("metrics_damaged_*.jsonl"))) + 1
             shutil.copyfile(self.metrics, self.path / f"metrics_damaged_{number}.jsonl")
@@ -137,17 +138,12 @@ class RunFolder:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; lines that cannot be read, such as a last one that a crash cut short, are left out."""
-    lines = path.read_bytes().split(b"\n") if path.is_file() else []
-    return [row for line in lines if (row := _row(line)) is not None]
+    """Rows of a metrics.jsonl; lines that cannot be read are left out."""
+    return _rows(path.read_bytes()) if path.is_file() else []
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+def _rows(content: bytes) -> list[dict[str, Any]]:
+    return [row for row in json_lines(content) if isinstance(row.get("step"), int)]
 
 
 def _settings(text: str) -> dict[str, Any]:

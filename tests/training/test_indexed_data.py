@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-from training_harness import metrics, rewind, tiny_config, train_here
+from training_harness import metrics, printed_here, rewind, tiny_config, train_here
 
 from nsa_cp.testing import DistributedPool
-from nsa_cp.training.config import DataSection, RunConfig
+from nsa_cp.training.config import DataSection
 from nsa_cp.training.errors import UserError
 from nsa_cp.training.indexed import IndexedSource
 
@@ -184,15 +181,6 @@ def test_unequal_masks_do_not_make_the_loss_depend_on_the_layout(tmp_path: Path,
             assert row == pytest.approx(expected, rel=2e-5), name
 
 
-def _said_on_resume(rank: int, world_size: int, config: RunConfig) -> list[str]:
-    from nsa_cp.megatron import cpu_compatibility
-    from nsa_cp.training.loop import train
-
-    with warnings.catch_warnings(), cpu_compatibility(), contextlib.redirect_stdout(io.StringIO()) as stream:
-        train(config, resume=True)
-    return [line for line in stream.getvalue().splitlines() if "shuffled" in line]
-
-
 @pytest.mark.distributed
 def test_a_resume_that_may_shuffle_otherwise_says_so(tmp_path: Path, workers: object) -> None:
     write_index(tmp_path / "data", lengths=[40] * 40)
@@ -200,7 +188,7 @@ def test_a_resume_that_may_shuffle_otherwise_says_so(tmp_path: Path, workers: ob
     config = tiny_config(tmp_path / "runs", *fixed)
     workers(1).run(train_here, config)
     rewind(config, 2)
-    assert workers(1).run(_said_on_resume, config) == [[]]
+    assert workers(1).run(printed_here, config, "shuffled", resume=True) == [[]]
     longer = tiny_config(tmp_path / "runs", *fixed, "train.steps=6")
-    ((line,),) = workers(1).run(_said_on_resume, longer)
+    ((line,),) = workers(1).run(printed_here, longer, "shuffled", resume=True)
     assert "24 training sequences in all, 16 before: indexed data may be shuffled otherwise" in line

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_harness import evaluate_here, metrics, rewind, snapshot, tiny_config, train_here
+from training_harness import (
+    evaluate_here,
+    metrics,
+    rewind,
+    snapshot,
+    tiny_config,
+    train_from_steps_apart,
+    train_here,
+)  # fmt: skip
 
 from nsa_cp.testing import DistributedPool
 from nsa_cp.training.config import RunConfig
@@ -95,20 +103,11 @@ def test_a_dense_model_may_lose_its_window_and_begin_with_the_selected_branch_cl
         assert metrics(config, "val_loss")[0][0] == pytest.approx(metrics(dense, "val_loss")[0][0], rel=0.02)
 
 
-def _train_from_another_step_on_each_rank(rank: int, world_size: int, config: RunConfig) -> None:
-    from nsa_cp.training import plan
-
-    steps = Path(config.train.init_from) / "checkpoints"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "find_initial", lambda init_from, run_dir: steps / f"step_0000000{2 + 2 * rank}")
-        train_here(rank, world_size, config)
-
-
 def test_processes_that_find_different_checkpoints_stop(tmp_path: Path, workers: Workers, short: RunConfig) -> None:
     """As happens if the other run saves another one meanwhile."""
     config = longer(tmp_path, short.run_dir, "parallel.context=2")
     with pytest.raises(UserError, match="different newest checkpoints, step_00000002 and step_00000004, in train.init_from = "):
-        workers(2).run(_train_from_another_step_on_each_rank, config)
+        workers(2).run(train_from_steps_apart, config)
     assert not config.run_dir.exists()
 
 

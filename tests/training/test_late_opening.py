@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from training_harness import evaluate_here, metrics, rewind, snapshot, tiny_config, train_here
+from training_harness import evaluate_here, metrics, printed_here, rewind, snapshot, tiny_config, train_here
 
 from nsa_cp.testing import DistributedPool
-from nsa_cp.training.config import RunConfig, TrainSection
+from nsa_cp.training.config import TrainSection
 from nsa_cp.training.errors import UserError
 from nsa_cp.training.loop import evaluate
 from nsa_cp.training.plan import prepare
@@ -23,16 +20,6 @@ pytestmark = pytest.mark.distributed
 Workers = Callable[[int], DistributedPool]
 COLUMNS = ("step", "loss", "grad_norm", "val_loss", "gate_compressed", "gate_selected", "gate_window")
 LATE = ("train.selected_from_step=2", "train.checkpoint_interval=1")
-
-
-def printed(rank: int, world_size: int, config: RunConfig, resume: bool = False) -> list[str]:
-    """Train; the lines about the selected branch that this process prints."""
-    from nsa_cp.megatron import cpu_compatibility
-    from nsa_cp.training.loop import train
-
-    with warnings.catch_warnings(), cpu_compatibility(), contextlib.redirect_stdout(io.StringIO()) as stream:
-        train(config, resume=resume)
-    return [line for line in stream.getvalue().splitlines() if "selected branch" in line]
 
 
 def test_closed_up_to_and_with_the_step() -> None:
@@ -53,14 +40,14 @@ def test_closed_up_to_and_with_the_step() -> None:
 )
 def test_a_cut_run_opens_as_the_uncut_one(tmp_path: Path, workers: Workers, world: int, overrides: list[str]) -> None:
     config = tiny_config(tmp_path, *LATE, *overrides)
-    said = workers(world).run(printed, config)
+    said = workers(world).run(printed_here, config, "selected branch")
     assert said == [["selected branch opened after step 2, with the window's keys and values"], *[[]] * (world - 1)]
     uncut = metrics(config, *COLUMNS)
     assert [row[5] > 0 for row in uncut] == [False, False, True, True]
     # Several processes are cut where it matters.
     for step, lines in ((1, 1), (2, 1), (3, 0)) if world == 1 else ((2, 1),):
         rewind(config, step)
-        assert len(workers(world).run(printed, config, resume=True)[0]) == lines
+        assert len(workers(world).run(printed_here, config, "selected branch", resume=True)[0]) == lines
         assert metrics(config, *COLUMNS) == uncut, step
 
 
@@ -73,7 +60,7 @@ def test_it_is_another_run_than_one_that_is_open_from_the_start(tmp_path: Path, 
 
 def test_shared_keys_and_values_open_too(tmp_path: Path, workers: Workers) -> None:
     config = tiny_config(tmp_path, *LATE, "nsa.shared_kv=true")
-    assert workers(1).run(printed, config) == [["selected branch opened after step 2"]]
+    assert workers(1).run(printed_here, config, "selected branch") == [["selected branch opened after step 2"]]
     assert [row[5] > 0 for row in metrics(config, *COLUMNS)] == [False, False, True, True]
 
 

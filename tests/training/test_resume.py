@@ -5,16 +5,24 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from training_harness import close, metrics, rewind, snapshot, tiny_config, train_here
+from training_harness import (
+    close,
+    figures_here,
+    metrics,
+    rewind,
+    snapshot,
+    tiny_config,
+    train_from_steps_apart,
+    train_here,
+)  # fmt: skip
 
 from nsa_cp.testing import DistributedPool
-from nsa_cp.training import checkpoint, plan
+from nsa_cp.training import checkpoint
 from nsa_cp.training import step as training_step
 from nsa_cp.training.config import RunConfig
 from nsa_cp.training.errors import UserError
@@ -153,19 +161,12 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before(tmp_path: Path, worke
     assert sorted(item.name for item in folder.iterdir()) == ["latest", "step_00000002", "step_00000004"]
 
 
-def _resume_from_another_step_on_each_rank(rank: int, world_size: int, config: RunConfig) -> None:
-    """As if storage showed the processes different files."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "find_latest", lambda folder: folder / f"step_0000000{2 + 2 * rank}")
-        train_here(rank, world_size, config, resume=True)
-
-
 def test_processes_that_find_different_checkpoints_stop(tmp_path: Path, workers: Workers) -> None:
     config = tiny_config(tmp_path, "parallel.context=2")
     workers(2).run(train_here, config)
     before = metrics(config, *COLUMNS)
     with pytest.raises(UserError, match="different newest checkpoints, step_00000002 and step_00000004, in .*checkpoints; begin"):
-        workers(2).run(_resume_from_another_step_on_each_rank, config)
+        workers(2).run(train_from_steps_apart, config, resume=True)
     assert metrics(config, *COLUMNS) == before
 
 
@@ -200,20 +201,11 @@ def test_a_resume_with_other_settings_says_which_and_keeps_the_file_before(tmp_p
         assert folder.begin(other, overwrite=False) and folder.config.read_text() == other.to_yaml()
 
 
-def _evaluated(rank: int, world_size: int, config: RunConfig, checkpoint: Path) -> dict[str, Any]:
-    from nsa_cp.megatron import cpu_compatibility
-    from nsa_cp.training.loop import evaluate
-
-    with warnings.catch_warnings(), cpu_compatibility():
-        return evaluate(config, checkpoint)
-
-
 def test_evaluation_wants_no_batch_and_no_steps_and_says_what_differs(tmp_path: Path, workers: Workers) -> None:
     config = tiny_config(tmp_path)
     workers(1).run(train_here, config)
-    path = config.run_dir / "checkpoints" / "step_00000004"
     ((known,), others) = (
-        workers(world).run(_evaluated, tiny_config(tmp_path, *overrides), path)
+        workers(world).run(figures_here, tiny_config(tmp_path, *overrides), 4)
         for world, overrides in ((1, []), (2, ["nsa.num_selected_blocks=3", "train.global_batch_size=1", "train.steps=2"]))
     )
     assert known["val_loss"] == metrics(config, "val_loss")[-1][0] and "settings_unlike_the_checkpoints" not in known
@@ -221,7 +213,7 @@ def test_evaluation_wants_no_batch_and_no_steps_and_says_what_differs(tmp_path: 
     assert [each["settings_unlike_the_checkpoints"] for each in others] == [[f"nsa.num_selected_blocks: {blocks} -> 3"]] * 2
     assert others[0]["val_loss"] != known["val_loss"]
     with pytest.raises(UserError, match="model shape num_layers.*; evaluate with .* or another checkpoint"):
-        workers(1).run(_evaluated, tiny_config(tmp_path, "model.num_layers=4"), path)
+        workers(1).run(figures_here, tiny_config(tmp_path, "model.num_layers=4"), 4)
 
 
 def test_a_second_process_is_kept_out_while_one_is_at_work(tmp_path: Path) -> None:
@@ -233,9 +225,9 @@ def test_a_second_process_is_kept_out_while_one_is_at_work(tmp_path: Path) -> No
         with pytest.raises(UserError, match="another process is at work on run .*tiny; wait for its end, or choose another"):
             second.begin(config, overwrite=overwrite)
         assert snapshot(first.path) == before
-    first.release()
+    first.close()
     assert second.begin(config, overwrite=False) == []
-    second.release()
+    second.close()
 
 
 def test_lines_that_cannot_be_read_do_not_take_the_others_with_them(tmp_path: Path, workers: Workers) -> None:
@@ -247,10 +239,10 @@ def test_lines_that_cannot_be_read_do_not_take_the_others_with_them(tmp_path: Pa
     damaged = path.read_bytes()
     folder = RunFolder(config.run_dir)
     (change,) = folder.begin(config, overwrite=False)
-    folder.release()
+    folder.close()
     assert change.startswith("4 lines of metrics.jsonl cannot be read") and path.read_bytes() == damaged
     assert (config.run_dir / "metrics_damaged_1.jsonl").read_bytes() == damaged
     assert folder.keep_metrics_until(4) > 0 and metrics(config, *COLUMNS) == [rows[0], *rows[2:]]
     again = RunFolder(config.run_dir)
     assert again.begin(config, overwrite=True) == [] and not list(config.run_dir.glob("metrics*"))
-    again.release()
+    again.close()

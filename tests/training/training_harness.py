@@ -52,18 +52,43 @@ def train_here(
         return train(config, resume=resume, overwrite=overwrite)
 
 
+def printed_here(rank: int, world_size: int, config: RunConfig, about: str, resume: bool = False) -> list[str]:
+    """Train; the lines with ``about`` in them that this process prints."""
+    from nsa_cp.megatron import cpu_compatibility
+    from nsa_cp.training.loop import train
+
+    with warnings.catch_warnings(), cpu_compatibility(), contextlib.redirect_stdout(io.StringIO()) as stream:
+        train(config, resume=resume)
+    return [line for line in stream.getvalue().splitlines() if about in line]
+
+
+def train_from_steps_apart(rank: int, world_size: int, config: RunConfig, resume: bool = False) -> None:
+    """Train where storage shows the first process step 2 as the newest checkpoint, and the second one step 4."""
+    from nsa_cp.training import manifest, plan
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (manifest, plan):
+            patch.setattr(module, "find_latest", lambda folder: folder / f"step_0000000{2 + 2 * rank}")
+        train_here(rank, world_size, config, resume=resume)
+
+
 def rewind(config: RunConfig, step: int) -> None:
     """Make ``step`` the newest checkpoint, as if the run had been killed before the next one."""
     (config.run_dir / "checkpoints" / "latest").write_text(f"step_{step:08d}\n")
 
 
-def evaluate_here(rank: int, world_size: int, config: RunConfig, step: int) -> float:
-    """Validation loss of the checkpoint after ``step`` steps."""
+def figures_here(rank: int, world_size: int, config: RunConfig, step: int) -> dict[str, Any]:
+    """What evaluation says of the checkpoint after ``step`` steps."""
     from nsa_cp.megatron import cpu_compatibility
     from nsa_cp.training.loop import evaluate
 
     with warnings.catch_warnings(), cpu_compatibility():
-        return evaluate(config, config.run_dir / "checkpoints" / f"step_{step:08d}")["val_loss"]
+        return evaluate(config, config.run_dir / "checkpoints" / f"step_{step:08d}")
+
+
+def evaluate_here(rank: int, world_size: int, config: RunConfig, step: int) -> float:
+    """Validation loss of the checkpoint after ``step`` steps."""
+    return figures_here(rank, world_size, config, step)["val_loss"]
 
 
 def metrics(config: RunConfig, *names: str) -> list[tuple[Any, ...]]:
