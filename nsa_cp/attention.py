@@ -20,11 +20,11 @@ from nsa_cp.context_parallel import SequenceLayout, check_group, exchange_halo, 
 from nsa_cp.context_parallel.agreement import Agreement, NoAgreement
 from nsa_cp.ops import initial_compressor_weights, native_sparse_attention
 from nsa_cp.ops.checks import check_heads, check_rows
-from nsa_cp.ops.dispatch import accumulator_dtype, resolve_backend
+from nsa_cp.ops.dispatch import resolve_backend
 from nsa_cp.ops.plan import get_layout_plan, get_window_plan
 from nsa_cp.ops.recompute import recall_selection, remember_selection
 from nsa_cp.ops.remote_blocks import remote_blocks
-from nsa_cp.ops.rope import apply_rope, rotary_tables
+from nsa_cp.ops.rope import rotation
 from nsa_cp.ops.stages import IntervalAttention
 
 
@@ -213,7 +213,8 @@ def full_attention(
     """
     agreement = _check(("full", rotary), q, k, v, layout, cp_group)
     plan = get_layout_plan(layout, q.device)
-    q, k = _rotate(q, k, layout, rotary)
+    rotate = rotation(rotary, plan.position, q, resolve_backend("auto", q))
+    q, k = rotate(q), rotate(k)
     k, v = gather_rows([k, v], plan.row_partition, cp_group)
     # Split once by document: a slice of the whole for each would make the backward add as many whole gradients.
     lengths = np.diff(layout.cu_seqlens).tolist()
@@ -253,10 +254,12 @@ def sliding_window_attention(
     if window_size < 1:
         raise ValueError(f"window_size = {window_size} leaves nothing to attend to; use at least 1")
     agreement = _check(("window", window_size, rotary), q, k, v, layout, cp_group)
-    q, k = _rotate(q, k, layout, rotary)
+    backend = resolve_backend(backend, q, v)
+    rotate = rotation(rotary, get_layout_plan(layout, q.device).position, q, backend)
+    q, k = rotate(q), rotate(k)
     halo, intervals = get_window_plan(layout, window_size, q.device)
     k, v = exchange_halo([k, v], halo, cp_group)
-    out = IntervalAttention.apply(q, k, v, intervals, resolve_backend(backend, q, v))[0]
+    out = IntervalAttention.apply(q, k, v, intervals, backend)[0]
     agreement.confirm()
     return out
 
@@ -269,15 +272,6 @@ def _check(
     check_group(layout, group)
     facts = (kind, *q.shape[1:], *v.shape[1:], q.dtype)
     return start_agreement(get_layout_plan(layout, q.device).agreed, layout, facts, group, q.device)
-
-
-def _rotate(
-    q: torch.Tensor, k: torch.Tensor, layout: SequenceLayout, rotary: RotaryConfig | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if rotary is None:
-        return q, k
-    tables = rotary_tables(get_layout_plan(layout, q.device).position, rotary, q.shape[-1], accumulator_dtype(q))
-    return apply_rope(q, *tables), apply_rope(k, *tables)
 
 
 def _causal_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -34,7 +34,7 @@ from nsa_cp.ops.dispatch import accumulator_dtype, resolve_backend
 from nsa_cp.ops.gating import combine_forward, gate_gradients, row_statistics, split_statistics
 from nsa_cp.ops.interval_attention import interval_attention_forward, merge_attention
 from nsa_cp.ops.plan import NSAPlan, get_plan
-from nsa_cp.ops.rope import apply_rope, rotary_tables
+from nsa_cp.ops.rope import rotation
 from nsa_cp.ops.selected import selected_attention_forward
 from nsa_cp.ops.selection import select_blocks_forward
 
@@ -100,15 +100,13 @@ def native_sparse_attention(
     facts = ("nsa", *q.shape[1:], *v[0].shape[1:], q.dtype, config, rotary)
     agreement = start_agreement(plan.agreed, layout, facts, group, q.device)
     slc, win = 1 % len(k), 2 % len(k)
-    rotated = list(k)
-    if rotary is not None:
-        tables = rotary_tables(plan.position, rotary, q.shape[-1], accumulator_dtype(q))
-        q = apply_rope(q, *tables)
-        needed = {slc, win} | ({0} if config.compressed_rope == "before" else set())
-        rotated = [apply_rope(x, *tables) if index in needed else x for index, x in enumerate(k)]
+    backend = resolve_backend(config.backend, q, v[0])
+    rotate = rotation(rotary, plan.position, q, backend)
+    needed = {slc, win} | ({0} if config.compressed_rope == "before" else set())
+    q, rotated = rotate(q), [rotate(x) if index in needed else x for index, x in enumerate(k)]
     k_cmp = rotated[0] if config.compressed_rope == "before" else k[0]
     branches = (k_cmp, v[0], rotated[slc], v[slc], rotated[win], v[win])
-    call = _Call(plan, group, resolve_backend(config.backend, q, v[0]), len(k_weights), rotary, q.shape[1] // v[0].shape[1])
+    call = _Call(plan, group, backend, len(k_weights), rotary, q.shape[1] // v[0].shape[1])
     blocks, statistics, *outs = _Branches.apply(call, blocks, q, *branches, *k_weights, *v_weights)
     out = _GatedSum.apply(call.backend, gates, statistics, *outs)
     agreement.confirm()
@@ -168,9 +166,8 @@ class _Call:
         k_weights, v_weights = tuple(weights[: self.num_k_weights]), tuple(weights[self.num_k_weights :])
         backend = self.backend if plan.compression_is_gapless else "torch"
         k_cmp = compress(k, plan.compression_starts, k_weights, plan.config, backend)
-        if self.rotary is not None and plan.config.compressed_rope == "after":
-            tables = rotary_tables(plan.own_compressed_position, self.rotary, k.shape[-1], accumulator_dtype(k))
-            k_cmp = apply_rope(k_cmp, *tables)
+        if plan.config.compressed_rope == "after":
+            k_cmp = rotation(self.rotary, plan.own_compressed_position, k, self.backend)(k_cmp)
         return k_cmp, compress(v, plan.compression_starts, v_weights, plan.config, backend)
 
 

@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from nsa_cp.config import RotaryConfig
+from nsa_cp.context_parallel.autograd import exact_backward, exact_forward
+from nsa_cp.ops.dispatch import accumulator_dtype
+
+Rotation = Callable[[torch.Tensor], torch.Tensor]
+
+
+def rotation(rotary: RotaryConfig | None, position: torch.Tensor, like: torch.Tensor, backend: str) -> Rotation:
+    """The function that rotates rows [T, heads, D] at the integer positions [T], differentiable; nothing changes without
+    ``rotary``. The result has the dtype of its input, the arithmetic is in the accumulator's.
+
+    Args:
+        like: any tensor of the same D, dtype and device as those that will be rotated.
+        backend: ``torch`` forms tables of cosines and sines once for all of them; ``triton`` forms angles in the kernel.
+    """
+    if rotary is None:
+        return lambda x: x
+    if backend == "triton":
+        return lambda x: _KernelRotate.apply(x, position, rotary)
+    tables = rotary_tables(position, rotary, like.shape[-1], accumulator_dtype(like))
+    return lambda x: apply_rope(x, *tables)
 
 
 def rotary_tables(
@@ -31,3 +53,22 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     cos, sin = cos[:, None], sin[:, None]
     rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
     return torch.cat([rotated, rest], dim=-1) if rest.shape[-1] else rotated
+
+
+class _KernelRotate(torch.autograd.Function):
+    @staticmethod
+    @exact_forward
+    def forward(ctx, x, position, rotary: RotaryConfig):  # noqa: ANN001, ANN205
+        from nsa_cp.kernels.rotation.rotate import rotate
+
+        ctx.save_for_backward(position)
+        ctx.rotary = rotary
+        return rotate(x, position, rotary.base, rotary.dim(x.shape[-1]))
+
+    @staticmethod
+    @exact_backward
+    def backward(ctx, grad):  # noqa: ANN001, ANN205
+        from nsa_cp.kernels.rotation.rotate import rotate
+
+        (position,) = ctx.saved_tensors
+        return rotate(grad, position, ctx.rotary.base, ctx.rotary.dim(grad.shape[-1]), back=True), None, None

@@ -21,7 +21,7 @@ from nsa_cp.ops.gating import combine_forward, gate_gradients, row_statistics, s
 from nsa_cp.ops.interval_attention import interval_attention_backward, interval_attention_forward
 from nsa_cp.ops.intervals import Intervals
 from nsa_cp.ops.plan import NSAPlan, get_plan
-from nsa_cp.ops.rope import apply_rope, rotary_tables
+from nsa_cp.ops.rope import rotation
 from nsa_cp.ops.selected import selected_attention_backward, selected_attention_forward
 from nsa_cp.ops.selection import select_blocks_forward
 
@@ -107,9 +107,7 @@ def compress_kv(
     resolved = resolve_backend(backend, k, v)
     k_cmp = compress(k, plan.compression_starts, k_weights, config, resolved)
     v_cmp = compress(v, plan.compression_starts, v_weights, config, resolved)
-    if rotary is not None:
-        k_cmp = apply_rope(k_cmp, *rotary_tables(plan.own_compressed_position, rotary, k.shape[-1], accumulator_dtype(k)))
-    return k_cmp, v_cmp
+    return rotation(rotary, plan.own_compressed_position, k, resolved)(k_cmp), v_cmp
 
 
 def compressed_attention(

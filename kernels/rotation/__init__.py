@@ -1,0 +1,1 @@
+"""Rotary position embedding (half-split form), forward and backward in one kernel."""
