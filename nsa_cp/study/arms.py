@@ -61,13 +61,17 @@ DENSE_BLOCKS = Arm(
 )
 
 
-def from_full_arm(stage: int) -> Arm:
-    """Full attention in the stages of training before ``stage``, then native sparse attention with its weights."""
-    return Arm(
-        name="from_full",
-        description="full attention on the shorter sequences, then native sparse attention with its weights",
-        model={"dense_until": stage},
-        tests_default=True,
+def from_full_arms(stage: int) -> tuple[Arm, ...]:
+    """Arms with full attention in the stages of training before ``stage``, that go on as sparse attention with its weights."""
+    dense = {"dense_until": stage}
+    return (
+        Arm(
+            name="from_full",
+            description="full attention on the shorter sequences, then native sparse attention with its weights",
+            model=dense,
+            tests_default=True,
+        ),
+        Arm(name="from_full_random", description="the same with random blocks", model={**dense, "selection": "random"}),
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nsa_cp.config import NSAConfig, RotaryConfig
-from nsa_cp.study.arms import ARMS, DENSE_BLOCKS, from_full_arm, late_arms
+from nsa_cp.study.arms import ARMS, DENSE_BLOCKS, from_full_arms, late_arms
 from nsa_cp.study.corpus import Corpus, build_corpus, installed_packages
 from nsa_cp.study.language import LanguageTask
 from nsa_cp.study.model import ModelSettings
@@ -176,6 +176,6 @@ def _language(scale: str, corpus: Corpus) -> Study:
     claimed = ("nsa", "shared_kv", "late_selection", "from_full")
     return Study(
         name="language", scale=scale, title="Language modelling on bytes of Python sources", task=task, model=model, train=train,
-        arms=(*ARMS, late_arms(1)[0], from_full_arm(len(schedule) - 1), DENSE_BLOCKS), lrs=(1e-3, 2e-3), seeds=(0, 1, 2),
+        arms=(*ARMS, late_arms(1)[0], *from_full_arms(len(schedule) - 1), DENSE_BLOCKS), lrs=(1e-3, 2e-3), seeds=(0, 1, 2),
         select_by="trailing_loss", select_highest=False, claims=tuple(replace(no_worse, arm=arm) for arm in claimed),
     )  # fmt: skip

@@ -13,7 +13,7 @@ from nsa_cp.attention import full_attention
 from nsa_cp.bench.inputs import HeadLayout, make_inputs
 from nsa_cp.config import NSAConfig, RotaryConfig
 from nsa_cp.ops import select_blocks
-from nsa_cp.study.arms import ARMS, DENSE_BLOCKS, from_full_arm, late_arms, model_of
+from nsa_cp.study.arms import ARMS, DENSE_BLOCKS, from_full_arms, late_arms, model_of
 from nsa_cp.study.model import Decoder, ModelSettings, _full_attention, count_parameters
 from nsa_cp.study.probe import attention_calls, dense_block_mass, gate_means, probe, save_selections
 from nsa_cp.study.random_blocks import random_blocks
@@ -73,7 +73,7 @@ def test_branches_that_start_equal() -> None:
 @torch.no_grad()
 def test_a_model_that_is_dense_at_first_goes_on_as_nsa_with_its_weights() -> None:
     tokens, layout = torch.randint(50, (200,), generator=torch.Generator().manual_seed(0)), pack_layout(1, 200)
-    settings = model_of(from_full_arm(2), BASE)
+    settings = model_of(from_full_arms(2)[0], BASE)
     model, full = Decoder(settings, seed=3).double(), Decoder(model_of(ARM["full"], BASE), seed=3).double()
     state = model.state_dict()
     first = {f"layers.{i}.attention.kv_proj.weight": slice(0, 2 * 16) for i in range(2)}
