@@ -191,6 +191,8 @@ def without_selected(gate_logits: torch.Tensor) -> torch.Tensor:
     return torch.stack([compressed, torch.full_like(selected, float("-inf")), window], -1)
 
 
+# torch.compile leaves this as it is: it would trace the plans' numpy, which it cannot cache, anew for every length.
+@torch.compiler.disable
 def full_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -229,6 +231,7 @@ def full_attention(
     return torch.cat([*outs, v[:0].repeat_interleave(q.shape[1] // k.shape[1], 1)])
 
 
+@torch.compiler.disable
 def sliding_window_attention(
     q: torch.Tensor,
     k: torch.Tensor,

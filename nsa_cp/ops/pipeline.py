@@ -55,6 +55,8 @@ class NSAOutput(NamedTuple):
     lse_window: torch.Tensor
 
 
+# torch.compile leaves this as it is: it would trace the plans' numpy, which it cannot cache, anew for every length.
+@torch.compiler.disable
 def native_sparse_attention(
     q: torch.Tensor,
     k: Sequence[torch.Tensor],

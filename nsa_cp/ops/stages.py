@@ -82,6 +82,8 @@ class _CombineBranches(torch.autograd.Function):
         return gate_gradients(statistics, gates), None, *((g[..., None] * grad).to(grad.dtype) for g in weights)
 
 
+# torch.compile leaves these stages as they are: it would trace the plans' numpy, which it cannot cache, anew for every length.
+@torch.compiler.disable
 def compress_kv(
     k: torch.Tensor,
     v: torch.Tensor,
@@ -110,6 +112,7 @@ def compress_kv(
     return rotation(rotary, plan.own_compressed_position, k, resolved)(k_cmp), v_cmp
 
 
+@torch.compiler.disable
 def compressed_attention(
     q: torch.Tensor,
     k_cmp: torch.Tensor,
@@ -135,6 +138,7 @@ def compressed_attention(
     return IntervalAttention.apply(q, k_cmp, v_cmp, plan.compressed_intervals, resolve_backend(backend, q, v_cmp))
 
 
+@torch.compiler.disable
 def select_blocks(
     q: torch.Tensor,
     k_cmp: torch.Tensor,
@@ -164,6 +168,7 @@ def select_blocks(
     return select_blocks_forward(q, k_cmp, lse, plan, resolve_backend(backend, q), v_dim)
 
 
+@torch.compiler.disable
 def selected_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -190,6 +195,7 @@ def selected_attention(
     return _SelectedAttention.apply(q, k, v, blocks, _plan(q, config, cu_seqlens), resolve_backend(backend, q, v))
 
 
+@torch.compiler.disable
 def window_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -214,6 +220,7 @@ def window_attention(
     return IntervalAttention.apply(q, k, v, _plan(q, config, cu_seqlens).window_intervals, resolve_backend(backend, q, v))
 
 
+@torch.compiler.disable
 def combine_branches(outs: Sequence[torch.Tensor], gates: torch.Tensor, backend: Backend = "auto") -> torch.Tensor:
     """The gated sum of the branches (paper eq. 5).
 

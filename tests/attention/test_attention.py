@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 from nsa_cp import reference
 from nsa_cp.attention import (
@@ -195,3 +196,41 @@ def test_heads_other_than_those_the_module_was_made_for() -> None:
         module(q, k, k, torch.zeros(64, 4, 3), SequenceLayout.build(64))
     with pytest.raises(ValueError, match="8 is not a positive multiple of num_query_groups = 0"):
         NativeSparseAttention(config, num_attention_heads=8, num_query_groups=0, qk_dim=8)
+
+
+def test_activation_checkpoints_change_no_bit() -> None:
+    module, layout = _module(), SequenceLayout.build(96)
+    torch.nn.init.normal_(module.k_compressor.w2)
+    q, k, v, logits = _module_inputs(96)
+    leaf = q.requires_grad_()
+    leaves = (leaf, *module.parameters())
+    plain = torch.autograd.grad(module(leaf, k, v, logits, layout).square().sum(), leaves)
+    calls = []
+    module.register_forward_pre_hook(lambda *_: calls.append(1))
+    out = checkpoint(module, leaf, k, v, logits, layout, use_reentrant=False)
+    for expected, actual in zip(plain, torch.autograd.grad(out.square().sum(), leaves), strict=True):
+        assert torch.equal(actual, expected)
+    assert len(calls) == 2
+
+
+def test_a_compiled_model_calls_the_attention_as_it_is() -> None:
+    """``torch.compile``: the same values and gradients, and no new graphs for a layout of another length."""
+    module, graphs, counts = _module(), [], []
+
+    def step(q: torch.Tensor, k: list[torch.Tensor], v: list[torch.Tensor], logits: torch.Tensor, layout: SequenceLayout):
+        return module(q.sin(), k, v, logits, layout).cos().sum()
+
+    def run_as_it_is(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(step, backend=run_as_it_is, dynamic=True)
+    for tokens in (96, 80, 57):
+        inputs, layout = _module_inputs(tokens), SequenceLayout.build(tokens)
+        leaf = inputs[0].requires_grad_()
+        expected = step(*inputs, layout)
+        actual = compiled(*inputs, layout)
+        assert torch.equal(actual, expected)
+        assert torch.equal(torch.autograd.grad(actual, leaf)[0], torch.autograd.grad(expected, leaf)[0])
+        counts.append(len(graphs))
+    assert counts == [counts[0]] * 3 and counts[0] > 0
