@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, create_model, field_validator
 
 from nsa_cp.config import NSAConfig, RotaryConfig
+from nsa_cp.training.files import expanded
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -162,7 +163,7 @@ class RunConfig(Section):
     @property
     def run_dir(self) -> Path:
         """Folder that holds everything the run leaves."""
-        return Path(self.runs_dir).expanduser() / self.name
+        return expanded(self.runs_dir) / self.name
 
     @property
     def nsa_config(self) -> NSAConfig:

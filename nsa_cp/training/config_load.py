@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from nsa_cp.training import config_checks
 from nsa_cp.training.config import RunConfig
 from nsa_cp.training.errors import ConfigError, Problem, UserError
+from nsa_cp.training.files import expanded
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -31,7 +32,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         UserError: the file cannot be read or is not YAML.
         ConfigError: settings that are unknown, of the wrong type, or that contradict each other; all of them.
     """
-    path = Path(path)
+    path = expanded(path)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

@@ -9,7 +9,6 @@ import codecs
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from nsa_cp.training.config import NUM_BYTES, DataSection
 from nsa_cp.training.errors import UserError
+from nsa_cp.training.files import expanded
 
 DOCUMENT_SEPARATOR = b"\n\n"
 _CHUNK = 1 << 20
@@ -218,7 +218,7 @@ def read_utf8(path: str) -> np.ndarray:
     Raises:
         UserError: missing, not a regular file, empty, unreadable, or not UTF-8 (with the offset of the first bad byte).
     """
-    file = Path(path)
+    file = expanded(path)
     if not file.is_file():
         raise UserError(f"data file {path} {'is not a file' if file.exists() else 'does not exist'}; correct data.paths")
     if file.stat().st_size == 0:

@@ -13,6 +13,7 @@ from typing import Any
 
 from nsa_cp.training.config import RunConfig, TrainSection, differences
 from nsa_cp.training.errors import UserError
+from nsa_cp.training.files import expanded
 
 MANIFEST = "nsa_cp_manifest.json"
 LATEST = "latest"
@@ -149,7 +150,7 @@ def find_initial(init_from: str, run_dir: Path) -> Path:
     Raises:
         UserError: it is neither, or belongs to the run in ``run_dir`` itself, which may be about to be overwritten.
     """
-    given = Path(init_from).expanduser()
+    given = expanded(init_from)
     if run_dir.resolve() in (given.resolve(), *given.resolve().parents):
         raise UserError(
             f"train.init_from = {init_from} is the run {run_dir} itself; go on with --resume, or choose another name="

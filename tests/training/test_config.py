@@ -66,6 +66,10 @@ def test_true_is_no_number() -> None:
 def test_a_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert build_config({"runs_dir": "~/runs", "name": "a"}).run_dir == tmp_path / "runs" / "a"
+    with pytest.raises(UserError, match="~nobody-here/runs begins with ~, but that home folder is not known; write the whole"):
+        build_config({"runs_dir": "~nobody-here/runs"}).run_dir
+    (tmp_path / "run.yaml").write_text("seed: 7")
+    assert load_config("~/run.yaml").seed == 7
 
 
 def test_overrides_reach_nested_keys_and_create_sections() -> None:

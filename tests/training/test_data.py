@@ -153,7 +153,7 @@ def test_the_text_of_the_standard_library() -> None:
     assert source.decode(source.encode("naïve ☃")) == "naïve ☃"
 
 
-def test_files_are_checked(tmp_path: Path) -> None:
+def test_files_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good, empty, bad = tmp_path / "good.txt", tmp_path / "empty.txt", tmp_path / "bad.txt"
     good.write_text("grüße\n" * 200, encoding="utf-8")
     empty.write_bytes(b"")
@@ -167,5 +167,6 @@ def test_files_are_checked(tmp_path: Path) -> None:
         read_utf8(str(empty))
     with pytest.raises(UserError, match=f"bad.txt is not UTF-8 text: byte {(1 << 20) + 1} is invalid"):
         read_utf8(str(bad))
-    section = DataSection(kind="text", paths=[str(good), str(good)], sequence_length=16)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    section = DataSection(kind="text", paths=[str(good), "~/good.txt"], sequence_length=16)
     assert len(load_text(section, 1).stream) == 2 * len(good.read_bytes()) + len(DOCUMENT_SEPARATOR)

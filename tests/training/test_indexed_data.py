@@ -31,7 +31,7 @@ def write_index(prefix: Path, lengths: list[int] = LENGTHS, highest: int = 98, s
     return documents
 
 
-def section(prefix: Path, **changes: object) -> DataSection:
+def section(prefix: Path | str, **changes: object) -> DataSection:
     values = dict(
         kind="indexed", paths=[str(prefix)], sequence_length=16, vocab_size=100, end_of_document=END, validation_fraction=0.3
     )
@@ -83,13 +83,14 @@ def test_validation_is_the_last_documents_in_order(tmp_path: Path) -> None:
     assert 0 < sources[0].unigram_bits_per_byte()[0] < np.log2(100)
 
 
-def test_vocabulary_files(tmp_path: Path) -> None:
+def test_vocabulary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     write_index(tmp_path / "data")
     lines, table = tmp_path / "vocab.txt", tmp_path / "vocab.json"
     lines.write_text("\n".join(f"w{i}" for i in range(100)), encoding="utf-8")
     table.write_text(json.dumps({f"w{i}": i for i in reversed(range(100))}))
-    for path in (lines, table):
-        source = IndexedSource(section(tmp_path / "data", vocab_size=None, vocab_file=str(path)), 1)
+    for prefix, path in ((tmp_path / "data", lines), ("~/data", "~/vocab.json")):
+        source = IndexedSource(section(prefix, vocab_size=None, vocab_file=str(path)), 1)
         assert source.vocab_size == 100
         assert source.decode(source.encode("w3 unknown w99")) == "w3 w99"
 
