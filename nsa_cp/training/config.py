@@ -26,11 +26,13 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _as_meant(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[info.field_name].annotation
         # Python's True is a 1: `lr: true` would train at a rate of 1.0.
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+        if isinstance(value, bool) and kind is not bool:
             raise ValueError(f"{str(value).lower()} is no value for this; true and false are for switches only")
-        return value
+        # What a shell leaves of sample.prompt=''.
+        return "" if value is None and kind is str else value
 
 
 class ModelSection(Section):
@@ -151,7 +153,7 @@ class RunConfig(Section):
     """A whole run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field("run", description="folder under runs_dir")
-    runs_dir: str = Field("runs", description="parent folder of all runs")
+    runs_dir: Annotated[str, Field(min_length=1)] = Field("runs", description="parent folder of all runs")
     seed: NotNegative = Field(1234, description="seed of the weights and of the order of the data")
     model: ModelSection = ModelSection()
     nsa: NSASection = NSASection()  # type: ignore[valid-type]

@@ -58,6 +58,26 @@ def test_numbers_written_as_yaml_strings_are_coerced() -> None:
     assert (train.lr, train.min_lr, train.steps) == (1e-4, 1e-5, 20)
 
 
+@pytest.mark.parametrize("written", ["010", "+10", "1_0", "10.0"])
+def test_whole_numbers_are_decimal(tmp_path: Path, written: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"train: {{warmup_steps: 1, steps: {written}}}\nmodel: {{ffn_hidden_size: {written}}}")
+    assert (load_config(path).train.steps, load_config(path).model.ffn_hidden_size) == (10, 10)
+    assert build_config({"train": {"warmup_steps": 1}}, [f"train.steps={written}"]).train.steps == 10
+
+
+def test_text_may_look_like_something_else_or_be_empty(tmp_path: Path) -> None:
+    path = tmp_path / "123.yaml"
+    path.write_text("runs_dir: 2001-01-01\nsample: {prompt: no}\nparallel: {distributed_optimizer: on}")
+    config = load_config(path, ["data.kind=text", "data.paths=[1.50]"])
+    assert (config.name, config.runs_dir, config.sample.prompt, config.data.paths) == ("123", "2001-01-01", "no", ["1.50"])
+    assert config.parallel.distributed_optimizer is True
+    given = build_config({}, ["name=010", "sample.prompt=", "train.init_from="])
+    assert (given.run_dir, given.sample.prompt, given.train.init_from) == (Path("runs/010"), "", None)
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "config.yaml") == config
+
+
 def test_true_is_no_number() -> None:
     found = problems({"train": {"lr": True, "steps": False}, "parallel": {"sequence_parallel": False}})
     assert set(found) == {"train.lr", "train.steps"} and "true is no value" in found["train.lr"]
@@ -187,7 +207,11 @@ REFUSED = {
     ),
     "unknown layer": (["model.layer_pattern=[dense]"], "model.layer_pattern.0", "'dense' should be 'nsa', 'full' or 'window'"),
     "name that is a path": (["name=../x"], "name", "'../x' should match"),
-    "infinite rate": (["train.lr=.inf"], "train.lr", "inf should be a finite number"),
+    "infinite rate": (["train.lr=inf"], "train.lr", "'inf' should be a finite number"),
+    "base 60": (["train.steps=1:30"], "train.steps", "'1:30' should be a valid integer"),
+    "a switch for a number": (["train.lr=true"], "train.lr", "'true' should be a valid number"),
+    "nothing for a number": (["train.lr="], "train.lr", "has no value; give one or leave it out"),
+    "no folder": (["runs_dir="], "runs_dir", "'' should have at least 1 character"),
 }
 
 
@@ -229,7 +253,7 @@ def test_the_number_of_processes_is_checked(world: int, overrides: list[str], pa
         ("- a\n", "holds a list, not sections"),
         ("seed: 1\nseed: 2\n", "'seed' appears twice .line 2."),
         ("train: {steps: 1, steps: 2}\n", "'steps' appears twice"),
-        ("train: 3\n", "train: 3 should be a valid dictionary"),
+        ("train: 3\n", "train: '3' should be a valid dictionary"),
     ],
 )
 def test_bad_files_are_refused_in_one_sentence(tmp_path: Path, text: str, pattern: str) -> None:
