@@ -166,6 +166,8 @@ def _context_parallel(arguments: argparse.Namespace) -> int:
     from nsa_cp.bench.context_parallel_plots import plot_context_parallel
     from nsa_cp.bench.rows import write_csv
 
+    if arguments.check and arguments.csv:
+        raise UserError(f"--check times nothing, so --csv {arguments.csv} would get no rows; leave one of the two out")
     with _joined(arguments) as settings:
         first = settings.world.rank() == 0
         if arguments.check:

@@ -96,6 +96,8 @@ def _run(plan: Plan, *, overwrite: bool) -> dict[str, Any] | None:
     reporter.say(_headline(trainer, plan, progress))
     if changes:
         reporter.say(f"settings that differ from those before: {'; '.join(changes)}")
+    if (held_out := plan.source.num_validation_samples) < config.train.eval_sequences:
+        reporter.say(f"train.eval_sequences = {config.train.eval_sequences}, but only {held_out} are held out: those are used")
     if plan.initial is not None and (changes := changed_settings(plan.initial[1], config)):
         reporter.say(f"settings that differ from the checkpoint's: {'; '.join(changes)}")
     with contextlib.closing(reporter), StopRequest() as stop:

@@ -197,6 +197,8 @@ def test_places_that_cannot_be_written_to(
     small = ("bench", "attention", "--device", "cpu", "--seq-lens", "128", "--heads", "4/2x16", "--impls", "nsa")
     assert "--csv . is a folder; give a file in it" in refuse(capsys, *small, "--csv", ".")
     monkeypatch.setenv("HOME", str(tmp_path))
+    check = ("bench", "context-parallel", "--check")
+    assert "--check times nothing, so --csv rows.csv would get no rows" in refuse(capsys, *check, "--csv", "rows.csv")
     assert f"--csv {tmp_path} is a folder" in refuse(capsys, *small, "--csv=~")
     assert "argument --csv: ~nobody-here/x begins with ~, but that home" in refuse(capsys, *small, "--csv=~nobody-here/x")
 

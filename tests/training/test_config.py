@@ -199,6 +199,7 @@ REFUSED = {
         "one of the two",
     ),
     "vocabulary below bytes": (["data.vocab_size=255"], "data.vocab_size", "255 is too small for bytes"),
+    "bytes of more than a byte": (["data.bytes_per_token=4.2"], "data.bytes_per_token", "4.2, but a token .* is one byte; leave"),
     "vocabulary and TP": (["data.vocab_size=257", "parallel.tensor=2"], "data.vocab_size", "257.*2; use 258"),
     "window layers without a window": (
         ["model.layer_pattern=[window]", "nsa.window_size=0"],
