@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -49,6 +50,20 @@ def test_every_setting_of_the_attention_is_in_the_yaml() -> None:
         backend="torch",
     )
     assert build_config({"nsa": values}).nsa_config == NSAConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("size", "fault"),
+    [
+        (dict(window_size=512.0), "window_size = 512.0 is not a whole number; use an int of at least 0"),
+        (dict(num_init_blocks=True), "num_init_blocks = True is not a whole number"),
+        (dict(compress_stride="16"), "compress_stride = '16' is not a whole number; use an int of at least 1"),
+    ],
+)
+def test_sizes_of_the_attention_are_whole_numbers(size: dict, fault: str) -> None:
+    with pytest.raises(ValueError, match=f"^{fault}"):
+        NSAConfig(**size)
+    assert NSAConfig(window_size=np.int64(256)) == NSAConfig(window_size=256)
 
 
 def test_numbers_written_as_yaml_strings_are_coerced() -> None:
