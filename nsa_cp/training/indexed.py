@@ -18,7 +18,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from nsa_cp.training.config import DataSection
-from nsa_cp.training.data import Sample, entropy_bits
+from nsa_cp.training.data import ByteStream, Sample, entropy_bits
 from nsa_cp.training.errors import UserError
 from nsa_cp.training.files import expanded
 
@@ -157,6 +157,10 @@ class IndexedSource:
         self._first_validation = self._split(data.validation_fraction)
         self._bounds = np.concatenate([[0], np.cumsum(self._lengths[self._first_validation :])])
         self.num_validation_samples = (int(self._bounds[-1]) - 1) // self.sequence_length
+        files = [np.memmap(self.prefix + ending, dtype=np.uint8, mode="r") for ending in (".idx", ".bin")]
+        self.fingerprint = ByteStream(files).fingerprint()
+        # A cached index of other documents under the same path would otherwise be used.
+        self.vocabulary.unique_identifiers["fingerprint"] = self.fingerprint
         self._train: GPTDataset | None = None
 
     def _split(self, fraction: float) -> int:

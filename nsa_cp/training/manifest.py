@@ -29,13 +29,16 @@ class _Damaged(UserError):
     """A checkpoint that is not as it was written; the sentence goes on with the remedy."""
 
 
-def describe(path: Path, config: RunConfig, *, step: int, consumed_samples: int, world_size: int) -> dict[str, Any]:
+def describe(
+    path: Path, config: RunConfig, *, step: int, consumed_samples: int, fingerprint: str, world_size: int
+) -> dict[str, Any]:
     """The manifest of a checkpoint in ``path``, complete but for this.
 
     Args:
         config: the run.
         step: optimizer steps done.
         consumed_samples: training sequences used so far: the position in the data.
+        fingerprint: of the data.
         world_size: processes that wrote it.
     """
     files = sorted(item for item in path.rglob("*") if item.is_file())
@@ -51,6 +54,7 @@ def describe(path: Path, config: RunConfig, *, step: int, consumed_samples: int,
         "seed": config.seed,
         "selected_from_step": config.train.selected_from_step,
         "data": config.data.model_dump(mode="json"),
+        "fingerprint": fingerprint,
         "settings": _settings(config),
         "files": {str(item.relative_to(path)): item.stat().st_size for item in files},
         "sha256": {str(item.relative_to(path)): _sha256(item) for item in files if item.suffix != _SHARDS},

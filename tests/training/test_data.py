@@ -44,6 +44,22 @@ def test_stream_reads_across_documents() -> None:
     assert stream.histogram(3)[ord("\n")] == 4 and stream.histogram(3)[ord("a")] == 0
 
 
+def test_the_fingerprint_is_the_contents() -> None:
+    def fingerprint(*documents: bytes) -> str:
+        return ByteStream([array(document) for document in documents]).fingerprint()
+
+    text = bytes(range(251)) * 1000
+    assert fingerprint(text) == fingerprint(bytes(bytearray(text)))
+    changed = [text[:-1] + b"x", b"x" + text[1:], text[:70000] + b"x" + text[70001:], text + b"x"]
+    split = [(text[:70000], text[70000 + len(DOCUMENT_SEPARATOR) :]), (text[:7], text[7:])]
+    assert len({fingerprint(text), *map(fingerprint, changed), *(fingerprint(*parts) for parts in split)}) == 7
+    large = np.zeros((1 << 24) + 5, dtype=np.uint8)
+    before = ByteStream([large]).fingerprint()
+    large[1 << 23 :] = 1
+    after = ByteStream([large]).fingerprint()
+    assert before != after and after.startswith("16777221 bytes with hash ")
+
+
 def test_samples_depend_on_seed_and_index_alone() -> None:
     source, again, other = counting_source(5000, 64), counting_source(5000, 64), counting_source(5000, 64, seed=2)
     order = [3, 200, 1, 3, 150, 0]  # over several epochs, backwards too

@@ -69,6 +69,16 @@ def test_training_samples_are_the_documents(tmp_path: Path, workers: object) -> 
         assert all((a, b) in pairs or (a == END and b in starts) for a, b in zip(t.tolist(), l.tolist()))
 
 
+@pytest.mark.distributed
+def test_a_cached_index_of_other_content_is_not_used(tmp_path: Path, workers: object) -> None:
+    write_index(tmp_path / "data")
+    pool: DistributedPool = workers(1)
+    pool.run(read_training, section(tmp_path / "data"), tmp_path / "cache", 20)
+    write_index(tmp_path / "data", lengths=LENGTHS[::-1])
+    again = [pool.run(read_training, section(tmp_path / "data"), tmp_path / cache, 20) for cache in ("cache", "other")]
+    assert again[0] == again[1]
+
+
 def test_validation_is_the_last_documents_in_order(tmp_path: Path) -> None:
     documents = write_index(tmp_path / "data")
     sources = [IndexedSource(section(tmp_path / "data"), seed) for seed in (1, 2)]
@@ -81,6 +91,14 @@ def test_validation_is_the_last_documents_in_order(tmp_path: Path) -> None:
             assert np.array_equal(sample.labels, tail[16 * index + 1 : 16 * index + 17])
             assert np.array_equal(sample.loss_mask == 0, sample.tokens == END)
     assert 0 < sources[0].unigram_bits_per_byte()[0] < np.log2(100)
+
+
+def test_the_fingerprint_is_the_contents_of_both_files(tmp_path: Path) -> None:
+    found = []
+    for name, changes in (("a", {}), ("b", {}), ("c", dict(seed=4)), ("d", dict(lengths=LENGTHS[::-1]))):
+        write_index(tmp_path / name, **changes)
+        found.append(IndexedSource(section(tmp_path / name), 1).fingerprint)
+    assert found[0] == found[1] and len(set(found)) == 3
 
 
 def test_vocabulary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
