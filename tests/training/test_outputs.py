@@ -220,6 +220,15 @@ def test_fewer_validation_sequences_than_asked_for_are_said(tmp_path: Path, work
         assert workers(1).run(printed_here, config, "eval_sequences") == [told]
 
 
+def test_a_run_that_goes_on_has_nothing_of_its_earlier_end(tmp_path: Path) -> None:
+    folder, config = RunFolder(tmp_path / "run"), tiny_config(tmp_path)
+    folder.begin(config, overwrite=False)
+    for item in (folder.metrics, folder.summary, folder.loss_plot, folder.blocks_plot, folder.sample, folder.path / "notes.txt"):
+        item.write_text("")
+    folder.begin(config, overwrite=False)
+    assert sorted(item.name for item in folder.path.iterdir()) == ["config.yaml", "metrics.jsonl", "notes.txt"]
+
+
 def test_bits() -> None:
     assert bits_per_byte(math.log(2), 1.0) == pytest.approx(1.0)
     assert bits_per_byte(2 * math.log(2), 4.0) == pytest.approx(0.5)
