@@ -14,6 +14,7 @@ LayoutKind = Literal["zigzag", "contiguous"]
 CompressedComm = Literal["ring", "all_gather"]
 Backend = Literal["auto", "torch", "triton"]
 
+LARGEST_SIZE = 2**31 - 1  # offsets in tokens are held in 32 bits
 # Smallest values of the sizes.
 _LEAST = {
     "compress_block_size": 1,
@@ -138,7 +139,7 @@ def _size_fault(value: Any, least: int) -> str | None:
         return f"{value!r} is not a whole number; use an int of at least {least}"
     if value < least:
         return f"{value} must be at least {least}"
-    return None
+    return f"{value} must be at most {LARGEST_SIZE}" if value > LARGEST_SIZE else None
 
 
 @dataclass(frozen=True, kw_only=True)

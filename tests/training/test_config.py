@@ -57,6 +57,7 @@ def test_every_setting_of_the_attention_is_in_the_yaml() -> None:
     [
         (dict(window_size=512.0), "window_size = 512.0 is not a whole number; use an int of at least 0"),
         (dict(num_init_blocks=True), "num_init_blocks = True is not a whole number"),
+        (dict(window_size=2**31), "window_size = 2147483648 must be at most 2147483647"),
         (dict(compress_stride="16"), "compress_stride = '16' is not a whole number; use an int of at least 1"),
     ],
 )
@@ -224,6 +225,12 @@ REFUSED = {
     "unknown layer": (["model.layer_pattern=[dense]"], "model.layer_pattern.0", "'dense' should be 'nsa', 'full' or 'window'"),
     "name that is a path": (["name=../x"], "name", "'../x' should match"),
     "infinite rate": (["train.lr=inf"], "train.lr", "'inf' should be a finite number"),
+    "absurd depth": (["model.num_layers=4000000000"], "model.num_layers", "'4000000000' should be less than or equal to 10000"),
+    "absurd width": (["model.hidden_size=4000000000"], "model.hidden_size", "should be less than or equal to 1000000"),
+    "absurd window": (["nsa.window_size=9223372036854775808"], "nsa.window_size", "must be at most 2147483647"),
+    "absurd length": (["train.steps=9223372036854775808"], "train.steps", "should be less than or equal to 2147483647"),
+    "seed that data cannot have": (["seed=4294967296"], "seed", "should be less than 4294967296"),
+    "endless wait": (["parallel.timeout_minutes=1e300"], "parallel.timeout_minutes", "should be less than or equal to 1000000"),
     "base 60": (["train.steps=1:30"], "train.steps", "'1:30' should be a valid integer"),
     "a switch for a number": (["train.lr=true"], "train.lr", "'true' should be a valid number"),
     "nothing for a number": (["train.lr="], "train.lr", "has no value; give one or leave it out"),
