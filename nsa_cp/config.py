@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 Compressor = Literal["mlp", "linear", "mean"]
@@ -13,6 +14,7 @@ LayoutKind = Literal["zigzag", "contiguous"]
 CompressedComm = Literal["ring", "all_gather"]
 Backend = Literal["auto", "torch", "triton"]
 
+LARGEST_SIZE = 2**31 - 1  # offsets in tokens are held in 32 bits
 # Smallest values of the sizes.
 _LEAST = {
     "compress_block_size": 1,
@@ -48,7 +50,8 @@ class NSAConfig:
         backend: ``triton`` (CUDA), ``torch`` (anywhere), or ``auto``: Triton where it runs.
 
     Raises:
-        ValueError: a combination that the method does not define; the message names the numbers and the remedy.
+        ValueError: a size that is no whole number, or a combination that the method does not define; the message names the
+            numbers and the remedy.
     """
 
     compress_block_size: int = 32
@@ -110,14 +113,13 @@ def size_faults(settings: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         settings: whatever has the fields.
         prefix: written before the fields' names.
     """
-    small = {name: least for name, least in _LEAST.items() if getattr(settings, name) < least}
-    for name, least in small.items():
-        yield prefix + name, f"{getattr(settings, name)} must be at least {least}"
+    alone = {name: fault for name, least in _LEAST.items() if (fault := _size_fault(getattr(settings, name), least))}
+    yield from ((prefix + name, fault) for name, fault in alone.items())
     l, d, l_sel = settings.compress_block_size, settings.compress_stride, settings.select_block_size
     n, init, local = settings.num_selected_blocks, settings.num_init_blocks, settings.num_local_blocks
 
     def sound(*names: str) -> bool:
-        return small.keys().isdisjoint(names)
+        return alone.keys().isdisjoint(names)
 
     length, stride, block = (f"{prefix}{name}" for name in ("compress_block_size", "compress_stride", "select_block_size"))
     if sound("compress_block_size", "compress_stride") and l % d:
@@ -129,6 +131,15 @@ def size_faults(settings: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     if sound("num_selected_blocks", "num_init_blocks", "num_local_blocks") and n < init + local:
         forced = f"{prefix}num_init_blocks + {prefix}num_local_blocks = {init} + {local}"
         yield f"{prefix}num_selected_blocks", f"{n} is smaller than {forced}; use at least {init + local}"
+
+
+def _size_fault(value: Any, least: int) -> str | None:
+    """What is wrong with one size by itself: its value with the remedy."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        return f"{value!r} is not a whole number; use an int of at least {least}"
+    if value < least:
+        return f"{value} must be at least {least}"
+    return f"{value} must be at most {LARGEST_SIZE}" if value > LARGEST_SIZE else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,14 @@
-"""Arguments that several commands take: kinds of numbers, and the attention's sizes."""
+"""Arguments that several commands take: kinds of numbers, paths, and the attention's sizes."""
 
 from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nsa_cp.training.errors import UserError
+from nsa_cp.training.files import expanded
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +28,14 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
 def given_sizes(arguments: argparse.Namespace) -> dict[str, int]:
     """The attention's sizes that the command line gives, by NSAConfig's names."""
     return {name: size for name in _SIZES if (size := getattr(arguments, name)) is not None}
+
+
+def place(text: str) -> Path:
+    """A file or a folder; ``--csv=~/rows.csv`` is one in the home folder, though shells leave its ``~`` as it is."""
+    try:
+        return expanded(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def positive(text: str) -> int:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nsa_cp.cli import bench_context_parallel
-from nsa_cp.cli.arguments import add_sizes, chosen_device, given_sizes, positive
+from nsa_cp.cli.arguments import add_sizes, chosen_device, given_sizes, place, positive
 from nsa_cp.training.errors import UserError, as_user_error
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     attention.add_argument("--seq-lens", type=positive, nargs="+", metavar="S")
     attention.add_argument("--heads", nargs="+", metavar="N/GxD[/Dv]", help="for example 64/4x192/128")
     attention.add_argument("--inputs", nargs="+", default=["random"], choices=["random", "drifting", "trained"])
-    attention.add_argument("--trained-file", type=Path, default=None, metavar="FILE", help="tensors for --inputs trained")
+    attention.add_argument("--trained-file", type=place, default=None, metavar="FILE", help="tensors for --inputs trained")
     attention.add_argument(
         "--impls", nargs="+", metavar="IMPL",
         help="of nsa, dense_cudnn, dense_flash and, where installed, fla and flash_nsa",
@@ -52,7 +51,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     attention.add_argument("--device", default="", help="cuda or cpu; default: cuda where it is there")
     attention.add_argument("--stages", action="store_true", help="also time each stage alone")
     attention.add_argument("--repetitions", type=positive)
-    attention.add_argument("--csv", type=Path, default=None, metavar="FILE", help="write the rows, and plots beside them")
+    attention.add_argument("--csv", type=place, default=None, metavar="FILE", help="write the rows, and plots beside them")
     add_sizes(attention)
     attention.set_defaults(run=_attention)
     bench_context_parallel.add_parsers(kinds)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nsa_cp.cli.arguments import add_sizes, duration, given_sizes, positive, rate, seconds
+from nsa_cp.cli.arguments import add_sizes, duration, given_sizes, place, positive, rate, seconds
 from nsa_cp.training.errors import UserError, as_user_error
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def _add_context_parallel(kinds: argparse._SubParsersAction) -> None:
     parallel.add_argument(
         "--seconds", type=seconds, default=3.0, help="of each timing, about; three repetitions at least unless one takes longer"
     )
-    parallel.add_argument("--csv", type=Path, default=None, metavar="FILE", help="write the rows, and plots beside them")
+    parallel.add_argument("--csv", type=place, default=None, metavar="FILE", help="write the rows, and plots beside them")
     parallel.add_argument(
         "--check", action="store_true", help="compare blocks, outputs and gradients with one GPU's on one input, and time nothing"
     )
@@ -65,7 +65,7 @@ def _add_timeline(kinds: argparse._SubParsersAction) -> None:
     timeline.add_argument("--seq-len", type=positive, default=131072, metavar="S")
     timeline.add_argument("--layout", default="zigzag", choices=["zigzag", "contiguous"])
     timeline.add_argument("--comm", default="all_gather", choices=["ring", "all_gather"])
-    timeline.add_argument("--png", type=Path, default=Path("context_parallel_timeline.png"), metavar="FILE")
+    timeline.add_argument("--png", type=place, default=Path("context_parallel_timeline.png"), metavar="FILE")
     _add_inputs(timeline)
     timeline.set_defaults(run=_timeline)
 
@@ -76,9 +76,9 @@ def _add_cost_model(kinds: argparse._SubParsersAction) -> None:
         help="predict step time, exposed communication and memory of context parallelism",
         description="Predict from kernel times measured on one GPU and measured transfers; --check compares with measurements.",
     )
-    model.add_argument("--attention-csv", type=Path, default=_ATTENTION_CSV, metavar="FILE")
+    model.add_argument("--attention-csv", type=place, default=_ATTENTION_CSV, metavar="FILE")
     model.add_argument(
-        "--csv", type=Path, default=None, metavar="FILE",
+        "--csv", type=place, default=None, metavar="FILE",
         help="measurements under context parallelism; those on one GPU replace the totals of --attention-csv, if there are any; "
         f"default: {_PARALLEL_CSV}, and without --check none if that does not exist",
     )  # fmt: skip
@@ -166,6 +166,8 @@ def _context_parallel(arguments: argparse.Namespace) -> int:
     from nsa_cp.bench.context_parallel_plots import plot_context_parallel
     from nsa_cp.bench.rows import write_csv
 
+    if arguments.check and arguments.csv:
+        raise UserError(f"--check times nothing, so --csv {arguments.csv} would get no rows; leave one of the two out")
     with _joined(arguments) as settings:
         first = settings.world.rank() == 0
         if arguments.check:

@@ -8,10 +8,10 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from nsa_cp.cli import bench, study
+from nsa_cp.cli.arguments import place
 from nsa_cp.training.errors import UserError
 
 
@@ -79,11 +79,11 @@ def _parser() -> argparse.ArgumentParser:
         help="validation loss of a run's checkpoint",
         description="Validate a checkpoint on the run's validation data.",
     )
-    evaluate.add_argument("folder", metavar="RUN", help="folder of the run, for example runs/quickstart")
+    evaluate.add_argument("folder", type=place, metavar="RUN", help="folder of the run, for example runs/quickstart")
     evaluate.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings that replace the run's, for example parallel.context=1"
     )
-    evaluate.add_argument("--checkpoint", metavar="PATH", help="a checkpoint folder; default: the newest of the run")
+    evaluate.add_argument("--checkpoint", type=place, metavar="PATH", help="a checkpoint folder; default: the newest of the run")
     evaluate.set_defaults(run=_evaluate)
     bench.add_parser(commands)
     study.add_parser(commands)
@@ -107,7 +107,7 @@ def _train(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from nsa_cp.training.config_load import load_config
 
-    folder = Path(arguments.folder)
+    folder = arguments.folder
     if not (folder / "config.yaml").is_file():
         raise UserError(
             f"{folder} is not a run: it has no config.yaml; give a folder that nsa-cp train made, for example runs/quickstart"
@@ -118,7 +118,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     _prepare_device(config.train.device)
     from nsa_cp.training.loop import evaluate
 
-    result = evaluate(config, Path(arguments.checkpoint) if arguments.checkpoint else None)
+    result = evaluate(config, arguments.checkpoint)
     if int(os.environ.get("RANK", "0")) == 0:
         print(json.dumps(result, indent=2))
     return 0

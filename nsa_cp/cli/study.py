@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nsa_cp.cli.arguments import chosen_device, factor, seconds
+from nsa_cp.cli.arguments import chosen_device, factor, place, seconds
 from nsa_cp.training.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     study.add_argument("name", metavar="NAME", help="mqar, passkey or language")
     study.add_argument("--scale", default="full", help="full (one GPU), mini (a CPU, patience) or tiny (seconds, proves nothing)")
-    study.add_argument("--out", type=Path, default=Path("runs/study"), metavar="FOLDER", help="finished runs; default runs/study")
+    study.add_argument("--out", type=place, default="runs/study", metavar="FOLDER", help="finished runs; default runs/study")
     study.add_argument("--workers", type=int, default=1, metavar="N", help="runs at a time; 0: in this process")
     study.add_argument(
         "--time-limit", type=seconds, metavar="SECONDS", help="when no run starts any more and those at work give up"
@@ -37,13 +37,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     study.add_argument("--steps-scale", type=factor, default=1.0, metavar="X", help="X times the steps of every stage")
     study.add_argument("--device", default="", help="cuda or cpu; default: cuda where it is there")
     study.add_argument(
-        "--text", type=Path, metavar="FOLDER", help="of language: packages of Python sources; default: the installed"
+        "--text", type=place, metavar="FOLDER", help="of language: packages of Python sources; default: the installed"
     )
     study.add_argument("--no-graph", action="store_true", help="launch every kernel of a step instead of replaying CUDA graphs")
     study.add_argument("--verbose", action="store_true", help="a line for every validation too")
     study.add_argument("--list", action="store_true", help="print the arms with their parameters and the runs still to make")
     study.add_argument("--report", action="store_true", help="write CSV, plots and page of the finished runs, and make none")
-    study.add_argument("--docs", type=Path, metavar="FOLDER", help="of the report; default: report in the folder of --out")
+    study.add_argument("--docs", type=place, metavar="FOLDER", help="of the report; default: report in the folder of --out")
     study.set_defaults(run=_study)
 
 

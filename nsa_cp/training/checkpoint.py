@@ -37,7 +37,14 @@ def checkpoint_name(step: int) -> str:
 
 
 def save_checkpoint(
-    folder: Path, chunks: Sequence[torch.nn.Module], optimizer: Any, *, config: RunConfig, step: int, consumed_samples: int
+    folder: Path,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: Any,
+    *,
+    config: RunConfig,
+    step: int,
+    consumed_samples: int,
+    fingerprint: str,
 ) -> Path:
     """Write ``folder/step_XXXXXXXX`` and point ``folder/latest`` at it. Collective: every process calls it.
 
@@ -48,6 +55,7 @@ def save_checkpoint(
         config: the run.
         step: optimizer steps done.
         consumed_samples: training sequences used so far: the position in the data.
+        fingerprint: of the data.
 
     Returns:
         The checkpoint's folder.
@@ -62,7 +70,8 @@ def save_checkpoint(
     with _signals_held_back():
         dist_checkpointing.save(_sharded_state(chunks, optimizer, with_rng=True), str(temporary))
         if dist.get_rank() == 0:
-            manifest = describe(temporary, config, step=step, consumed_samples=consumed_samples, world_size=dist.get_world_size())
+            done = {"step": step, "consumed_samples": consumed_samples, "fingerprint": fingerprint}
+            manifest = describe(temporary, config, **done, world_size=dist.get_world_size())
             _publish(temporary, final, manifest, keep=config.train.keep_checkpoints)
         dist.barrier()
     return final

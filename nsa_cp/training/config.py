@@ -10,10 +10,13 @@ from typing import Annotated, Any, Literal, get_type_hints
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, create_model, field_validator
 
-from nsa_cp.config import NSAConfig, RotaryConfig
+from nsa_cp.config import LARGEST_SIZE, NSAConfig, RotaryConfig
+from nsa_cp.training.files import expanded
 
-Positive = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[int, Field(ge=0)]
+# Upper bounds are for slips of the hand, which would end in an overflow, or never.
+Positive = Annotated[int, Field(ge=1, le=LARGEST_SIZE)]
+NotNegative = Annotated[int, Field(ge=0, le=LARGEST_SIZE)]
+Width = Annotated[int, Field(ge=1, le=1_000_000)]
 NUM_BYTES = 256
 LayerKind = Literal["nsa", "full", "window"]
 
@@ -25,23 +28,25 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _as_meant(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[info.field_name].annotation
         # Python's True is a 1: `lr: true` would train at a rate of 1.0.
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+        if isinstance(value, bool) and kind is not bool:
             raise ValueError(f"{str(value).lower()} is no value for this; true and false are for switches only")
-        return value
+        # What a shell leaves of sample.prompt=''.
+        return "" if value is None and kind is str else value
 
 
 class ModelSection(Section):
     """The transformer, in Megatron-Core's words."""
 
-    num_layers: Positive = Field(4, description="transformer layers")
-    hidden_size: Positive = Field(128, description="width of the residual stream, channels")
-    ffn_hidden_size: Positive | None = Field(None, description="width of the gated MLP, channels; default 3 * hidden_size")
-    num_attention_heads: Positive = Field(8, description="query heads")
-    num_query_groups: Positive = Field(2, description="key/value heads; must divide num_attention_heads")
-    kv_channels: Positive | None = Field(None, description="width of a query/key head; default hidden_size / num_attention_heads")
-    v_channels: Positive | None = Field(None, description="width of a value head; default kv_channels")
+    num_layers: Annotated[int, Field(ge=1, le=10_000)] = Field(4, description="transformer layers")
+    hidden_size: Width = Field(128, description="width of the residual stream, channels")
+    ffn_hidden_size: Width | None = Field(None, description="width of the gated MLP, channels; default 3 * hidden_size")
+    num_attention_heads: Width = Field(8, description="query heads")
+    num_query_groups: Width = Field(2, description="key/value heads; must divide num_attention_heads")
+    kv_channels: Width | None = Field(None, description="width of a query/key head; default hidden_size / num_attention_heads")
+    v_channels: Width | None = Field(None, description="width of a value head; default kv_channels")
     layer_pattern: Annotated[list[LayerKind], Field(min_length=1)] = Field(
         ["nsa"], description="attention of each layer, repeated until num_layers is reached"
     )
@@ -73,7 +78,9 @@ class ParallelSection(Section):
     context: Positive = Field(1, description="context-parallel processes: the sequence is cut over them")
     sequence_parallel: bool = Field(False, description="shard the norms' activations over the tensor-parallel processes")
     distributed_optimizer: bool = Field(False, description="shard the optimizer's state over the data-parallel processes")
-    timeout_minutes: Annotated[float, Field(gt=0)] = Field(30.0, description="how long a collective may wait for other processes")
+    timeout_minutes: Annotated[float, Field(gt=0, le=1_000_000)] = Field(
+        30.0, description="how long a collective may wait for other processes"
+    )
 
 
 class DataSection(Section):
@@ -150,8 +157,8 @@ class RunConfig(Section):
     """A whole run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field("run", description="folder under runs_dir")
-    runs_dir: str = Field("runs", description="parent folder of all runs")
-    seed: NotNegative = Field(1234, description="seed of the weights and of the order of the data")
+    runs_dir: Annotated[str, Field(min_length=1)] = Field("runs", description="parent folder of all runs")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(1234, description="seed of the weights and of the order of the data")
     model: ModelSection = ModelSection()
     nsa: NSASection = NSASection()  # type: ignore[valid-type]
     parallel: ParallelSection = ParallelSection()
@@ -162,7 +169,7 @@ class RunConfig(Section):
     @property
     def run_dir(self) -> Path:
         """Folder that holds everything the run leaves."""
-        return Path(self.runs_dir).expanduser() / self.name
+        return expanded(self.runs_dir) / self.name
 
     @property
     def nsa_config(self) -> NSAConfig:

@@ -198,12 +198,22 @@ def _check_data(config: RunConfig) -> Iterator[Problem]:
                 "data.vocab_size",
                 "data.kind = indexed needs the vocabulary: give data.vocab_size or data.vocab_file, one of the two",
             )
-    elif data.vocab_file is not None:
+    else:
+        yield from _check_bytes(config)
+
+
+def _check_bytes(config: RunConfig) -> Iterator[Problem]:
+    data = config.data
+    if data.vocab_file is not None:
         yield Problem("data.vocab_file", f"data.kind = {data.kind} is bytes and needs no vocabulary file; leave it out")
-    elif data.vocab_size is not None and data.vocab_size < 256:
+    if data.vocab_size is not None and data.vocab_size < 256:
         yield Problem("data.vocab_size", f"{data.vocab_size} is too small for bytes, of which there are 256; leave it out")
-    elif data.end_of_document is not None:
+    if data.end_of_document is not None:
         yield Problem("data.end_of_document", f"data.kind = {data.kind} has no such token; leave it out")
+    if data.bytes_per_token != 1:
+        yield Problem(
+            "data.bytes_per_token", f"{data.bytes_per_token}, but a token of data.kind = {data.kind} is one byte; leave it out"
+        )
 
 
 Check = Callable[[RunConfig], Iterator[Problem]]

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from nsa_cp.training import config_checks
 from nsa_cp.training.config import RunConfig
 from nsa_cp.training.errors import ConfigError, Problem, UserError
+from nsa_cp.training.files import expanded
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -31,7 +32,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         UserError: the file cannot be read or is not YAML.
         ConfigError: settings that are unknown, of the wrong type, or that contradict each other; all of them.
     """
-    path = Path(path)
+    path = expanded(path)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -74,7 +75,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> list[Prob
             problems.append(Problem("", f"override {override!r} is not of the form section.key=value"))
             continue
         try:
-            value = yaml.safe_load(text) if text.strip() else None
+            value = yaml.load(text, Loader=_Loader) if text.strip() else None  # noqa: S506 - a safe loader
         except yaml.YAMLError:
             problems.append(Problem(dotted, f"the value {text!r} is not valid YAML; quote it"))
             continue
@@ -110,6 +111,8 @@ def _describe(item: Any) -> Problem:
     path = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         return Problem(path, f"unknown key{_nearest(item['loc'])}")
+    if item["input"] is None:
+        return Problem(path, "has no value; give one or leave it out")
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input ").removeprefix("String ")
     if item["type"] in ("missing", "value_error"):
         return Problem(path, message)
@@ -154,7 +157,13 @@ def _section_at(loc: Sequence[Any]) -> type[BaseModel] | None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, but a key written twice is an error instead of a silent choice of the last."""
+    """YAML's safe loader, but a key written twice is an error instead of a silent choice of the last, and every value is text (or
+    null), which the settings' own types read: YAML takes 010 for 8, 1:30 for 90, and a run's name of 123 or no for no text."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag == "tag:yaml.org,2002:null"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()

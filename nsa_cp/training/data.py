@@ -9,7 +9,6 @@ import codecs
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -18,9 +17,11 @@ from torch import Tensor
 
 from nsa_cp.training.config import NUM_BYTES, DataSection
 from nsa_cp.training.errors import UserError
+from nsa_cp.training.files import expanded
 
 DOCUMENT_SEPARATOR = b"\n\n"
 _CHUNK = 1 << 20
+_PIECE, _PIECES = 1 << 16, 256
 
 
 class Sample(NamedTuple):
@@ -38,11 +39,12 @@ class Sample(NamedTuple):
 
 
 class SampleSource(Protocol):
-    """What the trainer needs of a data set."""
+    """What the trainer needs of a data set; ``fingerprint`` changes with its content, wherever it lies (see ByteStream)."""
 
     vocab_size: int
     bytes_per_token: float
     num_validation_samples: int
+    fingerprint: str
 
     def train_sample(self, index: int) -> Sample:
         """The training sequence of this index, for any index >= 0; the same on every process and in every run."""
@@ -99,6 +101,13 @@ class ByteStream:
             counts += np.bincount(self.read(begin, min(_CHUNK, len(self) - begin)), minlength=NUM_BYTES)
         return counts
 
+    def fingerprint(self) -> str:
+        """Length and a hash: of all bytes up to 16 MiB, beyond that of as many in pieces all over the stream, to be cheap."""
+        digest = hashlib.sha256(self._starts.tobytes())
+        for begin in range(0, len(self), max(_PIECE, len(self) // _PIECES)):
+            digest.update(self.read(begin, min(_PIECE, len(self) - begin)).astype(np.uint8))
+        return f"{len(self)} bytes with hash {digest.hexdigest()[:16]}"
+
 
 class ByteSource:
     """Text as bytes: the first part of the stream is for training, the end for validation.
@@ -142,6 +151,7 @@ class ByteSource:
                 f"add text or shorten the sequences"
             )
         self.num_validation_samples = (total - self.num_train_bytes - 1) // sequence_length
+        self.fingerprint = self.stream.fingerprint()
         self.samples_per_epoch = max(1, (self.num_train_bytes - 1) // sequence_length - 1)
         self._epoch: tuple[int, int, np.ndarray] = (-1, 0, np.empty(0))
 
@@ -218,7 +228,7 @@ def read_utf8(path: str) -> np.ndarray:
     Raises:
         UserError: missing, not a regular file, empty, unreadable, or not UTF-8 (with the offset of the first bad byte).
     """
-    file = Path(path)
+    file = expanded(path)
     if not file.is_file():
         raise UserError(f"data file {path} {'is not a file' if file.exists() else 'does not exist'}; correct data.paths")
     if file.stat().st_size == 0:

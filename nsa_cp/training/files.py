@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and files to which lines are added."""
+"""Paths as users write them, files that are there whole or not at all, and files to which lines are added."""
 
 from __future__ import annotations
 
@@ -6,6 +6,20 @@ import json
 import uuid
 from pathlib import Path
 from typing import Any
+
+from nsa_cp.training.errors import UserError
+
+
+def expanded(path: str | Path) -> Path:
+    """``path`` with the home folder for a leading ``~``, which a shell puts in only where it stands at the start of a word.
+
+    Raises:
+        UserError: ``~name`` of a user that is not known.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path} begins with ~, but that home folder is not known; write the whole path") from error
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

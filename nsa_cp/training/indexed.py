@@ -18,8 +18,9 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from nsa_cp.training.config import DataSection
-from nsa_cp.training.data import Sample, entropy_bits
+from nsa_cp.training.data import ByteStream, Sample, entropy_bits
 from nsa_cp.training.errors import UserError
+from nsa_cp.training.files import expanded
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, code of the token dtype, sequences, document bounds
@@ -47,7 +48,7 @@ def read_vocabulary(data: DataSection) -> IndexVocabulary:
     Raises:
         UserError: the file is missing, empty or malformed, or ``end_of_document`` is not one of its ids.
     """
-    tokens = None if data.vocab_file is None else _read_vocab_file(Path(data.vocab_file))
+    tokens = None if data.vocab_file is None else _read_vocab_file(expanded(data.vocab_file))
     size = len(tokens) if tokens is not None else data.vocab_size
     assert size is not None, "config_checks lets one of the two through"
     if data.end_of_document is not None and data.end_of_document >= size:
@@ -147,7 +148,7 @@ class IndexedSource:
     """
 
     def __init__(self, data: DataSection, seed: int) -> None:
-        self.prefix, self.sequence_length, self.seed = data.paths[0], data.sequence_length, seed
+        self.prefix, self.sequence_length, self.seed = str(expanded(data.paths[0])), data.sequence_length, seed
         self.vocabulary = read_vocabulary(data)
         self.vocab_size, self.bytes_per_token = self.vocabulary.vocab_size, data.bytes_per_token
         check_index(self.prefix, self.vocab_size)
@@ -156,6 +157,10 @@ class IndexedSource:
         self._first_validation = self._split(data.validation_fraction)
         self._bounds = np.concatenate([[0], np.cumsum(self._lengths[self._first_validation :])])
         self.num_validation_samples = (int(self._bounds[-1]) - 1) // self.sequence_length
+        files = [np.memmap(self.prefix + ending, dtype=np.uint8, mode="r") for ending in (".idx", ".bin")]
+        self.fingerprint = ByteStream(files).fingerprint()
+        # A cached index of other documents under the same path would otherwise be used.
+        self.vocabulary.unique_identifiers["fingerprint"] = self.fingerprint
         self._train: GPTDataset | None = None
 
     def _split(self, fraction: float) -> int:

@@ -21,7 +21,6 @@ from nsa_cp.training.indexed import IndexedSource
 from nsa_cp.training.manifest import changed_settings, check_compatible, find_latest, read_manifest, samples_in_all
 from nsa_cp.training.metrics import Reporter
 from nsa_cp.training.plan import Plan, prepare
-from nsa_cp.training.run_folder import RunFolder
 from nsa_cp.training.setup import Trainer, build_trainer, close_processes, init_processes
 from nsa_cp.training.signals import StopRequest
 from nsa_cp.training.step import Progress, train_step
@@ -90,12 +89,17 @@ def _run(plan: Plan, *, overwrite: bool) -> dict[str, Any] | None:
             changes.append(
                 f"{samples} training sequences in all, {before} before: indexed data may be shuffled otherwise and come twice"
             )
+    now = plan.source.fingerprint
+    if plan.checkpoint is not None and (before := plan.checkpoint[1].get("fingerprint", now)) != now:
+        changes.append(f"content of the data: {before} -> {now}, so text may come twice or be trained on though held out before")
     reporter = Reporter(
         folder, active=first, first_step=progress.step, num_steps=config.train.steps, log_interval=config.train.log_interval
     )
     reporter.say(_headline(trainer, plan, progress))
     if changes:
         reporter.say(f"settings that differ from those before: {'; '.join(changes)}")
+    if (held_out := plan.source.num_validation_samples) < config.train.eval_sequences:
+        reporter.say(f"train.eval_sequences = {config.train.eval_sequences}, but only {held_out} are held out: those are used")
     if plan.initial is not None and (changes := changed_settings(plan.initial[1], config)):
         reporter.say(f"settings that differ from the checkpoint's: {'; '.join(changes)}")
     with contextlib.closing(reporter), StopRequest() as stop:
@@ -142,8 +146,7 @@ def _check_all_found(path: Path, place_and_remedy: str) -> None:
 
 def _train_steps(trainer: Trainer, plan: Plan, progress: Progress, reporter: Reporter, stop: StopRequest) -> bool:
     """Steps until the end of the run or a request to stop; returns whether it was stopped."""
-    train, folder = trainer.config.train, plan.folder
-    stopped = False
+    train, stopped = trainer.config.train, False
     while progress.step < train.steps and not stopped:
         _open_selected_when_due(trainer, progress.step, reporter)
         began = time.monotonic()
@@ -162,7 +165,7 @@ def _train_steps(trainer: Trainer, plan: Plan, progress: Progress, reporter: Rep
             row["init_from"] = str(plan.initial[0])
         reporter.write(row)
         if stopped or last or (train.checkpoint_interval and progress.step % train.checkpoint_interval == 0):
-            _save(trainer, folder, progress)
+            _save(trainer, plan, progress)
     return stopped
 
 
@@ -180,16 +183,17 @@ def _open_selected_when_due(trainer: Trainer, step: int, reporter: Reporter) -> 
         reporter.say(f"selected branch opened after step {step}" + ("" if shared else ", with the window's keys and values"))
 
 
-def _save(trainer: Trainer, folder: RunFolder, progress: Progress) -> None:
+def _save(trainer: Trainer, plan: Plan, progress: Progress) -> None:
     if progress.saved_step == progress.step:
         return
     save_checkpoint(
-        folder.checkpoints,
+        plan.folder.checkpoints,
         trainer.chunks,
         trainer.optimizer,
         config=trainer.config,
         step=progress.step,
         consumed_samples=progress.consumed_samples,
+        fingerprint=plan.source.fingerprint,
     )
     progress.saved_step = progress.step
 

@@ -1,11 +1,13 @@
 """What a checkpoint says of itself, and whether a run may go on from it, be evaluated with it, or begin with its weights.
 
-The manifest is a JSON file in the checkpoint's folder: what the weights' shapes depend on, how far training was, and the size of
-every file. All of this is local and reads only.
+The manifest is a JSON file in the checkpoint's folder: what the weights' shapes depend on, how far training was, the size of
+every file, and hashes of the small ones. All of this is local and reads only.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,21 +15,30 @@ from typing import Any
 
 from nsa_cp.training.config import RunConfig, TrainSection, differences
 from nsa_cp.training.errors import UserError
+from nsa_cp.training.files import expanded
 
 MANIFEST = "nsa_cp_manifest.json"
 LATEST = "latest"
 CHECKPOINTS = "checkpoints"
 _FORMAT, _VERSION = "nsa_cp checkpoint", 1
 _STATES = {True: "closed", False: "open"}
+_SHARDS = ".distcp"  # files of weights and optimizer, too large to be read before they are loaded
 
 
-def describe(path: Path, config: RunConfig, *, step: int, consumed_samples: int, world_size: int) -> dict[str, Any]:
+class _Damaged(UserError):
+    """A checkpoint that is not as it was written; the sentence goes on with the remedy."""
+
+
+def describe(
+    path: Path, config: RunConfig, *, step: int, consumed_samples: int, fingerprint: str, world_size: int
+) -> dict[str, Any]:
     """The manifest of a checkpoint in ``path``, complete but for this.
 
     Args:
         config: the run.
         step: optimizer steps done.
         consumed_samples: training sequences used so far: the position in the data.
+        fingerprint: of the data.
         world_size: processes that wrote it.
     """
     files = sorted(item for item in path.rglob("*") if item.is_file())
@@ -43,9 +54,15 @@ def describe(path: Path, config: RunConfig, *, step: int, consumed_samples: int,
         "seed": config.seed,
         "selected_from_step": config.train.selected_from_step,
         "data": config.data.model_dump(mode="json"),
+        "fingerprint": fingerprint,
         "settings": _settings(config),
         "files": {str(item.relative_to(path)): item.stat().st_size for item in files},
+        "sha256": {str(item.relative_to(path)): _sha256(item) for item in files if item.suffix != _SHARDS},
     }
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def samples_in_all(config: RunConfig, step: int, consumed_samples: int) -> int:
@@ -78,8 +95,25 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint whose files are all there in full.
 
     Raises:
-        UserError: not a checkpoint of this trainer, or some file of it is missing or has the wrong size.
+        UserError: not a checkpoint of this trainer, or some file of it is missing, has the wrong size, or, if it is none of the
+            large ones, is not what was written; naming a complete checkpoint beside it.
     """
+    try:
+        return _read(path)
+    except _Damaged as error:
+        raise UserError(f"{error}; use another checkpoint{_complete_before(path)}") from error
+
+
+def _complete_before(path: Path) -> str:
+    """What to do in place of a damaged checkpoint, where the same folder has an older one that is complete."""
+    for older in sorted((item for item in path.parent.glob("step_*") if item.name < path.name), reverse=True):
+        with contextlib.suppress(UserError):
+            _read(older)
+            return f": {older.name} beside it is complete, and to go on from there write that name into {path.parent / LATEST}"
+    return ""
+
+
+def _read(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     if not path.is_dir():
         raise UserError(f"checkpoint {path} does not exist; give the folder of a checkpoint")
@@ -88,7 +122,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"checkpoint {path} is damaged: {MANIFEST} is not valid JSON; use another checkpoint") from error
+        raise _Damaged(f"checkpoint {path} is damaged: {MANIFEST} is not valid JSON") from error
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
         raise UserError(f"{path} is not a checkpoint of nsa-cp: {MANIFEST} has another format; use one that nsa-cp train wrote")
     if manifest.get("version") != _VERSION:
@@ -97,15 +131,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"use the nsa-cp that wrote it"
         )
     if not isinstance(manifest.get("files"), dict):
-        raise UserError(f"checkpoint {path} is damaged: {MANIFEST} lists no files; use another checkpoint")
+        raise _Damaged(f"checkpoint {path} is damaged: {MANIFEST} lists no files")
     for name, size in manifest["files"].items():
         part = path / name
         found = part.stat().st_size if part.is_file() else None
         if found != size:
             what = "is missing" if found is None else f"has {found} bytes"
-            raise UserError(
-                f"checkpoint {path} is truncated: {name} {what} where {size} bytes were written; use another checkpoint"
-            )
+            raise _Damaged(f"checkpoint {path} is truncated: {name} {what} where {size} bytes were written")
+        written = manifest.get("sha256", {}).get(name)  # none in checkpoints of earlier versions
+        if written is not None and _sha256(part) != written:
+            raise _Damaged(f"checkpoint {path} is damaged: the {size} bytes of {name} are not those that were written")
     return manifest
 
 
@@ -149,7 +184,7 @@ def find_initial(init_from: str, run_dir: Path) -> Path:
     Raises:
         UserError: it is neither, or belongs to the run in ``run_dir`` itself, which may be about to be overwritten.
     """
-    given = Path(init_from).expanduser()
+    given = expanded(init_from)
     if run_dir.resolve() in (given.resolve(), *given.resolve().parents):
         raise UserError(
             f"train.init_from = {init_from} is the run {run_dir} itself; go on with --resume, or choose another name="

@@ -54,7 +54,7 @@ class RunFolder:
             raise UserError(f"run {self.path} exists; {go_on}begin again with --overwrite, or choose another name=")
 
     def begin(self, config: RunConfig, *, overwrite: bool) -> list[str]:
-        """Create the folder with its config.yaml. For the first process only.
+        """Create the folder with its config.yaml, without what is written at a run's end. For the first process only.
 
         Args:
             config: the resolved run.
@@ -71,6 +71,9 @@ class RunFolder:
         self._take_lock()
         if overwrite:
             self._remove()
+        # A run that goes on has not ended: a reader would take what its earlier end left for this one's.
+        for item in (self.summary, self.loss_plot, self.blocks_plot, self.sample):
+            item.unlink(missing_ok=True)
         changes = []
         if self.config.is_file():
             before = self.config.read_text(encoding="utf-8")
@@ -129,8 +132,7 @@ class RunFolder:
         return float(rows[-1].get("wall_seconds", 0.0)) if rows else 0.0
 
     def _remove(self) -> None:
-        files = (self.config, self.metrics, self.summary, self.loss_plot, self.blocks_plot, self.sample)
-        for item in (*files, *self._earlier_configs(), *self.path.glob("metrics_damaged_*.jsonl")):
+        for item in (self.config, self.metrics, *self._earlier_configs(), *self.path.glob("metrics_damaged_*.jsonl")):
             item.unlink(missing_ok=True)
         for item in (self.tensorboard, self.checkpoints, self.index_cache):
             if item.is_dir():

@@ -187,13 +187,20 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--repetitions: 0 is not a positive whole number" in refuse(capsys, "bench", "attention", "--repetitions", "0")
 
 
-def test_places_that_cannot_be_written_to(capsys: pytest.CaptureFixture[str]) -> None:
+def test_places_that_cannot_be_written_to(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before anything is measured or trained."""
     Path("file").write_text("")
     study = ("study", "mqar", "--scale", "tiny", "--device", "cpu", "--workers", "0")
     assert "file: File exists; choose another path" in refuse(capsys, *study, "--out", "file")
     small = ("bench", "attention", "--device", "cpu", "--seq-lens", "128", "--heads", "4/2x16", "--impls", "nsa")
     assert "--csv . is a folder; give a file in it" in refuse(capsys, *small, "--csv", ".")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    check = ("bench", "context-parallel", "--check")
+    assert "--check times nothing, so --csv rows.csv would get no rows" in refuse(capsys, *check, "--csv", "rows.csv")
+    assert f"--csv {tmp_path} is a folder" in refuse(capsys, *small, "--csv=~")
+    assert "argument --csv: ~nobody-here/x begins with ~, but that home" in refuse(capsys, *small, "--csv=~nobody-here/x")
 
 
 @pytest.mark.parametrize("value", ["nan", "-1", "0"])

@@ -64,6 +64,34 @@ def test_a_truncated_file(run: RunConfig, name: str) -> None:
     refuse(run, f"is truncated: {name} has {size - 1} bytes where {size} bytes were written; use another checkpoint")
 
 
+@pytest.mark.parametrize("name", ["common.pt", ".metadata", "metadata.json"])
+def test_a_damaged_file(run: RunConfig, name: str) -> None:
+    file = find_latest(run.run_dir / "checkpoints") / name
+    content = file.read_bytes()
+    file.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    refuse(run, f"is damaged: the {len(content)} bytes of {name} are not those that were written; use another checkpoint$")
+
+
+def test_a_checkpoint_without_hashes_is_accepted(run: RunConfig) -> None:
+    """Earlier versions wrote none."""
+    file = find_latest(run.run_dir / "checkpoints") / MANIFEST
+    content = json.loads(file.read_text())
+    del content["sha256"]
+    file.write_text(json.dumps(content))
+    assert prepare(run, resume=True).checkpoint is not None
+
+
+def test_the_older_checkpoint_that_is_complete_is_named(run: RunConfig) -> None:
+    folder = run.run_dir / "checkpoints"
+    for name in ("step_00000001", "step_00000000", "step_00000003"):
+        shutil.copytree(find_latest(folder), folder / name)
+    (find_latest(folder) / "common.pt").unlink()
+    remedy = "beside it is complete, and to go on from there write that name into .*checkpoints/latest$"
+    refuse(run, f"step_00000002 is truncated: common.pt is missing .*; use another checkpoint: step_00000001 {remedy}")
+    (folder / "step_00000001" / ".metadata").write_bytes(b"")
+    refuse(run, f"step_00000002 is truncated: common.pt is missing .*; use another checkpoint: step_00000000 {remedy}")
+
+
 def test_a_missing_file(run: RunConfig) -> None:
     (find_latest(run.run_dir / "checkpoints") / "common.pt").unlink()
     refuse(run, "is truncated: common.pt is missing where")

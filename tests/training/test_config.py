@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -51,11 +52,46 @@ def test_every_setting_of_the_attention_is_in_the_yaml() -> None:
     assert build_config({"nsa": values}).nsa_config == NSAConfig(**values)
 
 
+@pytest.mark.parametrize(
+    ("size", "fault"),
+    [
+        (dict(window_size=512.0), "window_size = 512.0 is not a whole number; use an int of at least 0"),
+        (dict(num_init_blocks=True), "num_init_blocks = True is not a whole number"),
+        (dict(window_size=2**31), "window_size = 2147483648 must be at most 2147483647"),
+        (dict(compress_stride="16"), "compress_stride = '16' is not a whole number; use an int of at least 1"),
+    ],
+)
+def test_sizes_of_the_attention_are_whole_numbers(size: dict, fault: str) -> None:
+    with pytest.raises(ValueError, match=f"^{fault}"):
+        NSAConfig(**size)
+    assert NSAConfig(window_size=np.int64(256)) == NSAConfig(window_size=256)
+
+
 def test_numbers_written_as_yaml_strings_are_coerced() -> None:
     tree = yaml.safe_load("train: {lr: 1e-4, min_lr: 1e-5, steps: '20'}")
     assert isinstance(tree["train"]["lr"], str)  # what PyYAML makes of 1e-4
     train = build_config(tree).train
     assert (train.lr, train.min_lr, train.steps) == (1e-4, 1e-5, 20)
+
+
+@pytest.mark.parametrize("written", ["010", "+10", "1_0", "10.0"])
+def test_whole_numbers_are_decimal(tmp_path: Path, written: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"train: {{warmup_steps: 1, steps: {written}}}\nmodel: {{ffn_hidden_size: {written}}}")
+    assert (load_config(path).train.steps, load_config(path).model.ffn_hidden_size) == (10, 10)
+    assert build_config({"train": {"warmup_steps": 1}}, [f"train.steps={written}"]).train.steps == 10
+
+
+def test_text_may_look_like_something_else_or_be_empty(tmp_path: Path) -> None:
+    path = tmp_path / "123.yaml"
+    path.write_text("runs_dir: 2001-01-01\nsample: {prompt: no}\nparallel: {distributed_optimizer: on}")
+    config = load_config(path, ["data.kind=text", "data.paths=[1.50]"])
+    assert (config.name, config.runs_dir, config.sample.prompt, config.data.paths) == ("123", "2001-01-01", "no", ["1.50"])
+    assert config.parallel.distributed_optimizer is True
+    given = build_config({}, ["name=010", "sample.prompt=", "train.init_from="])
+    assert (given.run_dir, given.sample.prompt, given.train.init_from) == (Path("runs/010"), "", None)
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "config.yaml") == config
 
 
 def test_true_is_no_number() -> None:
@@ -66,6 +102,10 @@ def test_true_is_no_number() -> None:
 def test_a_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert build_config({"runs_dir": "~/runs", "name": "a"}).run_dir == tmp_path / "runs" / "a"
+    with pytest.raises(UserError, match="~nobody-here/runs begins with ~, but that home folder is not known; write the whole"):
+        build_config({"runs_dir": "~nobody-here/runs"}).run_dir
+    (tmp_path / "run.yaml").write_text("seed: 7")
+    assert load_config("~/run.yaml").seed == 7
 
 
 def test_overrides_reach_nested_keys_and_create_sections() -> None:
@@ -175,6 +215,7 @@ REFUSED = {
         "one of the two",
     ),
     "vocabulary below bytes": (["data.vocab_size=255"], "data.vocab_size", "255 is too small for bytes"),
+    "bytes of more than a byte": (["data.bytes_per_token=4.2"], "data.bytes_per_token", "4.2, but a token .* is one byte; leave"),
     "vocabulary and TP": (["data.vocab_size=257", "parallel.tensor=2"], "data.vocab_size", "257.*2; use 258"),
     "window layers without a window": (
         ["model.layer_pattern=[window]", "nsa.window_size=0"],
@@ -183,7 +224,17 @@ REFUSED = {
     ),
     "unknown layer": (["model.layer_pattern=[dense]"], "model.layer_pattern.0", "'dense' should be 'nsa', 'full' or 'window'"),
     "name that is a path": (["name=../x"], "name", "'../x' should match"),
-    "infinite rate": (["train.lr=.inf"], "train.lr", "inf should be a finite number"),
+    "infinite rate": (["train.lr=inf"], "train.lr", "'inf' should be a finite number"),
+    "absurd depth": (["model.num_layers=4000000000"], "model.num_layers", "'4000000000' should be less than or equal to 10000"),
+    "absurd width": (["model.hidden_size=4000000000"], "model.hidden_size", "should be less than or equal to 1000000"),
+    "absurd window": (["nsa.window_size=9223372036854775808"], "nsa.window_size", "must be at most 2147483647"),
+    "absurd length": (["train.steps=9223372036854775808"], "train.steps", "should be less than or equal to 2147483647"),
+    "seed that data cannot have": (["seed=4294967296"], "seed", "should be less than 4294967296"),
+    "endless wait": (["parallel.timeout_minutes=1e300"], "parallel.timeout_minutes", "should be less than or equal to 1000000"),
+    "base 60": (["train.steps=1:30"], "train.steps", "'1:30' should be a valid integer"),
+    "a switch for a number": (["train.lr=true"], "train.lr", "'true' should be a valid number"),
+    "nothing for a number": (["train.lr="], "train.lr", "has no value; give one or leave it out"),
+    "no folder": (["runs_dir="], "runs_dir", "'' should have at least 1 character"),
 }
 
 
@@ -225,7 +276,7 @@ def test_the_number_of_processes_is_checked(world: int, overrides: list[str], pa
         ("- a\n", "holds a list, not sections"),
         ("seed: 1\nseed: 2\n", "'seed' appears twice .line 2."),
         ("train: {steps: 1, steps: 2}\n", "'steps' appears twice"),
-        ("train: 3\n", "train: 3 should be a valid dictionary"),
+        ("train: 3\n", "train: '3' should be a valid dictionary"),
     ],
 )
 def test_bad_files_are_refused_in_one_sentence(tmp_path: Path, text: str, pattern: str) -> None:

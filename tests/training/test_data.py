@@ -44,6 +44,22 @@ def test_stream_reads_across_documents() -> None:
     assert stream.histogram(3)[ord("\n")] == 4 and stream.histogram(3)[ord("a")] == 0
 
 
+def test_the_fingerprint_is_the_contents() -> None:
+    def fingerprint(*documents: bytes) -> str:
+        return ByteStream([array(document) for document in documents]).fingerprint()
+
+    text = bytes(range(251)) * 1000
+    assert fingerprint(text) == fingerprint(bytes(bytearray(text)))
+    changed = [text[:-1] + b"x", b"x" + text[1:], text[:70000] + b"x" + text[70001:], text + b"x"]
+    split = [(text[:70000], text[70000 + len(DOCUMENT_SEPARATOR) :]), (text[:7], text[7:])]
+    assert len({fingerprint(text), *map(fingerprint, changed), *(fingerprint(*parts) for parts in split)}) == 7
+    large = np.zeros((1 << 24) + 5, dtype=np.uint8)
+    before = ByteStream([large]).fingerprint()
+    large[1 << 23 :] = 1
+    after = ByteStream([large]).fingerprint()
+    assert before != after and after.startswith("16777221 bytes with hash ")
+
+
 def test_samples_depend_on_seed_and_index_alone() -> None:
     source, again, other = counting_source(5000, 64), counting_source(5000, 64), counting_source(5000, 64, seed=2)
     order = [3, 200, 1, 3, 150, 0]  # over several epochs, backwards too
@@ -153,7 +169,7 @@ def test_the_text_of_the_standard_library() -> None:
     assert source.decode(source.encode("naïve ☃")) == "naïve ☃"
 
 
-def test_files_are_checked(tmp_path: Path) -> None:
+def test_files_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good, empty, bad = tmp_path / "good.txt", tmp_path / "empty.txt", tmp_path / "bad.txt"
     good.write_text("grüße\n" * 200, encoding="utf-8")
     empty.write_bytes(b"")
@@ -167,5 +183,6 @@ def test_files_are_checked(tmp_path: Path) -> None:
         read_utf8(str(empty))
     with pytest.raises(UserError, match=f"bad.txt is not UTF-8 text: byte {(1 << 20) + 1} is invalid"):
         read_utf8(str(bad))
-    section = DataSection(kind="text", paths=[str(good), str(good)], sequence_length=16)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    section = DataSection(kind="text", paths=[str(good), "~/good.txt"], sequence_length=16)
     assert len(load_text(section, 1).stream) == 2 * len(good.read_bytes()) + len(DOCUMENT_SEPARATOR)

@@ -31,7 +31,7 @@ def write_index(prefix: Path, lengths: list[int] = LENGTHS, highest: int = 98, s
     return documents
 
 
-def section(prefix: Path, **changes: object) -> DataSection:
+def section(prefix: Path | str, **changes: object) -> DataSection:
     values = dict(
         kind="indexed", paths=[str(prefix)], sequence_length=16, vocab_size=100, end_of_document=END, validation_fraction=0.3
     )
@@ -69,6 +69,16 @@ def test_training_samples_are_the_documents(tmp_path: Path, workers: object) -> 
         assert all((a, b) in pairs or (a == END and b in starts) for a, b in zip(t.tolist(), l.tolist()))
 
 
+@pytest.mark.distributed
+def test_a_cached_index_of_other_content_is_not_used(tmp_path: Path, workers: object) -> None:
+    write_index(tmp_path / "data")
+    pool: DistributedPool = workers(1)
+    pool.run(read_training, section(tmp_path / "data"), tmp_path / "cache", 20)
+    write_index(tmp_path / "data", lengths=LENGTHS[::-1])
+    again = [pool.run(read_training, section(tmp_path / "data"), tmp_path / cache, 20) for cache in ("cache", "other")]
+    assert again[0] == again[1]
+
+
 def test_validation_is_the_last_documents_in_order(tmp_path: Path) -> None:
     documents = write_index(tmp_path / "data")
     sources = [IndexedSource(section(tmp_path / "data"), seed) for seed in (1, 2)]
@@ -83,13 +93,22 @@ def test_validation_is_the_last_documents_in_order(tmp_path: Path) -> None:
     assert 0 < sources[0].unigram_bits_per_byte()[0] < np.log2(100)
 
 
-def test_vocabulary_files(tmp_path: Path) -> None:
+def test_the_fingerprint_is_the_contents_of_both_files(tmp_path: Path) -> None:
+    found = []
+    for name, changes in (("a", {}), ("b", {}), ("c", dict(seed=4)), ("d", dict(lengths=LENGTHS[::-1]))):
+        write_index(tmp_path / name, **changes)
+        found.append(IndexedSource(section(tmp_path / name), 1).fingerprint)
+    assert found[0] == found[1] and len(set(found)) == 3
+
+
+def test_vocabulary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     write_index(tmp_path / "data")
     lines, table = tmp_path / "vocab.txt", tmp_path / "vocab.json"
     lines.write_text("\n".join(f"w{i}" for i in range(100)), encoding="utf-8")
     table.write_text(json.dumps({f"w{i}": i for i in reversed(range(100))}))
-    for path in (lines, table):
-        source = IndexedSource(section(tmp_path / "data", vocab_size=None, vocab_file=str(path)), 1)
+    for prefix, path in ((tmp_path / "data", lines), ("~/data", "~/vocab.json")):
+        source = IndexedSource(section(prefix, vocab_size=None, vocab_file=str(path)), 1)
         assert source.vocab_size == 100
         assert source.decode(source.encode("w3 unknown w99")) == "w3 w99"
 

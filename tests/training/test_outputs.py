@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import image
-from training_harness import tiny_config
+from training_harness import printed_here, tiny_config
 
 from nsa_cp.config import NSAConfig
 from nsa_cp.megatron import cpu_compatibility
@@ -208,6 +208,25 @@ def test_overwriting_removes_only_what_a_run_wrote(tmp_path: Path) -> None:
     folder.checkpoints.mkdir()
     folder.begin(config, overwrite=True)
     assert sorted(item.name for item in folder.path.iterdir()) == ["config.yaml", "notes.txt"]
+
+
+@pytest.mark.distributed
+def test_fewer_validation_sequences_than_asked_for_are_said(tmp_path: Path, workers: Workers) -> None:
+    fixed = ("data.validation_fraction=0.001", "train.steps=1", "train.eval_interval=0")
+    held_out = load_text(tiny_config(tmp_path, *fixed).data, 1).num_validation_samples
+    for name, count in (("enough", held_out), ("more", held_out + 1)):
+        config = tiny_config(tmp_path, *fixed, f"name={name}", f"train.eval_sequences={count}")
+        told = [f"train.eval_sequences = {count}, but only {held_out} are held out: those are used"] if count > held_out else []
+        assert workers(1).run(printed_here, config, "eval_sequences") == [told]
+
+
+def test_a_run_that_goes_on_has_nothing_of_its_earlier_end(tmp_path: Path) -> None:
+    folder, config = RunFolder(tmp_path / "run"), tiny_config(tmp_path)
+    folder.begin(config, overwrite=False)
+    for item in (folder.metrics, folder.summary, folder.loss_plot, folder.blocks_plot, folder.sample, folder.path / "notes.txt"):
+        item.write_text("")
+    folder.begin(config, overwrite=False)
+    assert sorted(item.name for item in folder.path.iterdir()) == ["config.yaml", "metrics.jsonl", "notes.txt"]
 
 
 def test_bits() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from training_harness import (
     close,
     figures_here,
     metrics,
+    printed_here,
     rewind,
     snapshot,
     tiny_config,
@@ -26,7 +29,7 @@ from nsa_cp.training import checkpoint
 from nsa_cp.training import step as training_step
 from nsa_cp.training.config import RunConfig
 from nsa_cp.training.errors import UserError
-from nsa_cp.training.manifest import find_latest, read_manifest
+from nsa_cp.training.manifest import MANIFEST, find_latest, read_manifest
 from nsa_cp.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.distributed
@@ -199,6 +202,29 @@ def test_a_resume_with_other_settings_says_which_and_keeps_the_file_before(tmp_p
     for broken in ("", "[1", "3"):
         folder.config.write_text(broken)
         assert folder.begin(other, overwrite=False) and folder.config.read_text() == other.to_yaml()
+
+
+def test_a_resume_with_data_that_has_changed_says_so(tmp_path: Path, workers: Workers) -> None:
+    """Not where it has only moved, nor from a checkpoint of before, which has no fingerprint."""
+    text, moved = tmp_path / "text.txt", tmp_path / "moved.txt"
+    text.write_text("All that is gold does not glitter.\n" * 50)
+    fixed = ("data.kind=text", "data.validation_fraction=0.2", "train.global_batch_size=1")
+    config = tiny_config(tmp_path / "runs", *fixed, f"data.paths=[{text}]")
+    workers(1).run(train_here, config)
+    text.rename(moved)
+    config = tiny_config(tmp_path / "runs", *fixed, f"data.paths=[{moved}]")
+    rewind(config, 2)
+    assert workers(1).run(printed_here, config, "content of the data", resume=True) == [[]]
+    moved.write_text(moved.read_text().replace("gold", "bold", 1))
+    rewind(config, 2)
+    ((line,),) = workers(1).run(printed_here, config, "content of the data", resume=True)
+    assert re.search(r"data: 1750 bytes with hash \w+ -> 1750 bytes with hash \w+, so text may come twice or be trained on", line)
+    manifest = config.run_dir / "checkpoints" / "step_00000002" / MANIFEST
+    content = json.loads(manifest.read_text())
+    del content["fingerprint"]
+    manifest.write_text(json.dumps(content))
+    rewind(config, 2)
+    assert workers(1).run(printed_here, config, "content of the data", resume=True) == [[]]
 
 
 def test_evaluation_wants_no_batch_and_no_steps_and_says_what_differs(tmp_path: Path, workers: Workers) -> None:
