@@ -122,6 +122,8 @@ class NativeSparseAttention(nn.Module):
         self.last_selection: torch.Tensor | None = None
         self.last_gates: torch.Tensor | None = None
 
+    # torch.compile leaves this as it is: it would trace the plans' numpy, which it cannot cache, anew for every length.
+    @torch.compiler.disable
     def forward(
         self,
         q: torch.Tensor,
@@ -191,7 +193,6 @@ def without_selected(gate_logits: torch.Tensor) -> torch.Tensor:
     return torch.stack([compressed, torch.full_like(selected, float("-inf")), window], -1)
 
 
-# torch.compile leaves this as it is: it would trace the plans' numpy, which it cannot cache, anew for every length.
 @torch.compiler.disable
 def full_attention(
     q: torch.Tensor,

@@ -38,9 +38,9 @@ def rotate_kernel(
     keep = exists[:, None] & (pair < HALF)[None, :]
     rest = tl.arange(0, PADDED_REST)
     keep_rest = exists[:, None] & (rest < REST)[None, :]
-    for head in range(HEADS):
-        source = x_ptr + token[:, None] * x_stride_t + head * x_stride_h
-        target = out_ptr + (token[:, None] * HEADS + head) * WIDTH
+    # Pointers move on from head to head: a product of head and stride would be one of 32 bits.
+    source, target = x_ptr + token[:, None] * x_stride_t, out_ptr + token[:, None] * HEADS * WIDTH
+    for _ in range(HEADS):
         first = tl.load(source + pair[None, :], mask=keep, other=0.0).to(tl.float32)
         second = tl.load(source + HALF + pair[None, :], mask=keep, other=0.0).to(tl.float32)
         tl.store(target + pair[None, :], (first * cos - second * sin).to(out_ptr.dtype.element_ty), mask=keep)
@@ -48,9 +48,11 @@ def rotate_kernel(
         if REST > 0:
             value = tl.load(source + 2 * HALF + rest[None, :], mask=keep_rest, other=0.0)
             tl.store(target + 2 * HALF + rest[None, :], value, mask=keep_rest)
+        source += x_stride_h
+        target += WIDTH
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=None)  # some hundred bytes each, which a captured CUDA graph goes on reading
 def turns_per_position(base: float, dim: int, device: torch.device) -> torch.Tensor:
     """Turns of each channel pair from one position to the next, float64 [dim / 2]: ``base^(-2c / dim) / (2 pi)``."""
     exponents = torch.arange(0, dim, 2, dtype=torch.float64) / dim
@@ -62,7 +64,7 @@ def rotate(x: torch.Tensor, position: torch.Tensor, base: float, dim: int, *, ba
 
     Args:
         x: [T, heads, D], channels contiguous or not. position: integer [T].
-        dim: channels that turn, even, at most D.
+        dim: channels that turn, even, 2 at least and at most D.
 
     Returns:
         [T, heads, D] in the dtype of x, contiguous.
@@ -73,11 +75,10 @@ def rotate(x: torch.Tensor, position: torch.Tensor, base: float, dim: int, *, ba
         return out
     x = channels_last(x)
     half, rest = dim // 2, width - dim
-    padded = triton.next_power_of_2(half)
-    at_once = max(1, _TILE_ELEMENTS // (2 * padded))
+    padded, padded_rest = triton.next_power_of_2(half), triton.next_power_of_2(max(1, rest))
+    at_once = max(1, _TILE_ELEMENTS // max(2 * padded, padded_rest))
     rotate_kernel[(triton.cdiv(tokens, at_once),)](
         x, position, turns_per_position(base, dim, x.device), out, *x.stride()[:2], tokens, -1.0 if back else 1.0,
-        HEADS=heads, WIDTH=width, HALF=half, PADDED_HALF=padded, REST=rest, PADDED_REST=triton.next_power_of_2(max(1, rest)),
-        TOKENS=at_once, num_warps=4,
+        HEADS=heads, WIDTH=width, HALF=half, PADDED_HALF=padded, REST=rest, PADDED_REST=padded_rest, TOKENS=at_once, num_warps=4,
     )  # fmt: skip
     return out

@@ -15,13 +15,13 @@ Rotation = Callable[[torch.Tensor], torch.Tensor]
 
 def rotation(rotary: RotaryConfig | None, position: torch.Tensor, like: torch.Tensor, backend: str) -> Rotation:
     """The function that rotates rows [T, heads, D] at the integer positions [T], differentiable; nothing changes without
-    ``rotary``. The result has the dtype of its input, the arithmetic is in the accumulator's.
+    ``rotary``, or where no channel turns. The result has the dtype of its input, the arithmetic is in the accumulator's.
 
     Args:
         like: any tensor of the same D, dtype and device as those that will be rotated.
         backend: ``torch`` forms tables of cosines and sines once for all of them; ``triton`` forms angles in the kernel.
     """
-    if rotary is None:
+    if rotary is None or rotary.dim(like.shape[-1]) == 0:
         return lambda x: x
     if backend == "triton":
         return lambda x: _KernelRotate.apply(x, position, rotary)

@@ -82,7 +82,8 @@ class _CombineBranches(torch.autograd.Function):
         return gate_gradients(statistics, gates), None, *((g[..., None] * grad).to(grad.dtype) for g in weights)
 
 
-# torch.compile leaves these stages as they are: it would trace the plans' numpy, which it cannot cache, anew for every length.
+# torch.compile leaves these stages as they are: their plans are numpy, which it would trace anew for every length, their kernels
+# launched by hand.
 @torch.compiler.disable
 def compress_kv(
     k: torch.Tensor,

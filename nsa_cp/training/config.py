@@ -33,8 +33,8 @@ class Section(BaseModel):
         # Python's True is a 1: `lr: true` would train at a rate of 1.0.
         if isinstance(value, bool) and kind is not bool:
             raise ValueError(f"{str(value).lower()} is no value for this; true and false are for switches only")
-        # What a shell leaves of sample.prompt=''.
-        return "" if value is None and kind is str else value
+        # What a shell leaves of train.init_from=''; for text it is text without characters.
+        return None if value == "" and kind is not str else value
 
 
 class ModelSection(Section):
@@ -158,7 +158,7 @@ class RunConfig(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field("run", description="folder under runs_dir")
     runs_dir: Annotated[str, Field(min_length=1)] = Field("runs", description="parent folder of all runs")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(1234, description="seed of the weights and of the order of the data")
+    seed: Annotated[int, Field(ge=0, lt=2**62)] = Field(1234, description="seed of the weights and of the order of the data")
     model: ModelSection = ModelSection()
     nsa: NSASection = NSASection()  # type: ignore[valid-type]
     parallel: ParallelSection = ParallelSection()

@@ -191,6 +191,8 @@ def _check_data(config: RunConfig) -> Iterator[Problem]:
     if data.kind == "text" and not data.paths:
         yield Problem("data.paths", "is empty; name at least one UTF-8 file, or use data.kind = pydoc_topics")
     if data.kind == "indexed":
+        if config.seed >= 2**32:
+            yield Problem("seed", f"{config.seed} is too large for data.kind = indexed; use one below {2**32}")
         if len(data.paths) != 1:
             yield Problem("data.paths", f"holds {len(data.paths)} entries, but data.kind = indexed takes one path prefix")
         if (data.vocab_size is None) == (data.vocab_file is None):

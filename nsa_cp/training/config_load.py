@@ -75,8 +75,8 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> list[Prob
             problems.append(Problem("", f"override {override!r} is not of the form section.key=value"))
             continue
         try:
-            value = yaml.load(text, Loader=_Loader) if text.strip() else None  # noqa: S506 - a safe loader
-        except yaml.YAMLError:
+            value = yaml.load(text, Loader=_Loader) if text.strip() else ""  # noqa: S506 - a safe loader
+        except (yaml.YAMLError, ValueError):  # ValueError: of an explicit tag, as in !!int abc
             problems.append(Problem(dotted, f"the value {text!r} is not valid YAML; quote it"))
             continue
         node: Any = tree
@@ -168,9 +168,10 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+            key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is no name (line {line})", None)
             if key in seen:
-                line = key_node.start_mark.line + 1
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice (line {line})", None)
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
@@ -183,7 +184,7 @@ def _parse_yaml(text: str, source: str) -> dict[str, Any]:
         mark = error.problem_mark or error.context_mark
         where = f" at line {mark.line + 1}" if mark else ""
         raise UserError(f"{source} is not valid YAML{where}: {error.problem}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{source} is not valid YAML: {error}") from error
     if tree is None:
         return {}

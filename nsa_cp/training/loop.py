@@ -67,10 +67,11 @@ def _quieten() -> None:
 def _run(plan: Plan, *, overwrite: bool) -> dict[str, Any] | None:
     config, folder, first = plan.config, plan.folder, plan.launch.rank == 0
     trainer = build_trainer(config, plan.device)
+    _check_same_data(plan)
     progress = Progress()
     if plan.checkpoint is not None:
         path, manifest = plan.checkpoint
-        _check_all_found(path, f"in {path.parent}; begin again once all processes see the newest")
+        _check_all_found("newest checkpoints", path.name, f"in {path.parent}; begin again once all processes see the newest")
         load_checkpoint(path, trainer.chunks, trainer.optimizer, manifest=manifest)
         progress = Progress(manifest["step"], manifest["consumed_samples"], saved_step=manifest["step"])
     _close_selected_until_due(trainer, progress.step)
@@ -89,9 +90,8 @@ def _run(plan: Plan, *, overwrite: bool) -> dict[str, Any] | None:
             changes.append(
                 f"{samples} training sequences in all, {before} before: indexed data may be shuffled otherwise and come twice"
             )
-    now = plan.source.fingerprint
-    if plan.checkpoint is not None and (before := plan.checkpoint[1].get("fingerprint", now)) != now:
-        changes.append(f"content of the data: {before} -> {now}, so text may come twice or be trained on though held out before")
+    if plan.checkpoint is not None:
+        changes += _changed_data(plan.checkpoint[1], plan)
     reporter = Reporter(
         folder, active=first, first_step=progress.step, num_steps=config.train.steps, log_interval=config.train.log_interval
     )
@@ -118,7 +118,8 @@ def _take_weights(trainer: Trainer, path: Path, manifest: dict[str, Any]) -> Non
     Raises:
         UserError: processes have found different checkpoints, since the run that writes them has gone on meanwhile.
     """
-    _check_all_found(path, f"in train.init_from = {trainer.config.train.init_from}; give one checkpoint's folder")
+    place = f"in train.init_from = {trainer.config.train.init_from}"
+    _check_all_found("newest checkpoints", path.name, f"{place}; give one checkpoint's folder")
     config, kinds = trainer.config, manifest["model"]["layer_pattern"]
     if kinds == list(config.layer_kinds):
         load_checkpoint(path, trainer.chunks, None, manifest=manifest)
@@ -132,16 +133,29 @@ def _take_weights(trainer: Trainer, path: Path, manifest: dict[str, Any]) -> Non
     trainer.optimizer.reload_model_params()  # main weights of their own, where it has them, follow the model's
 
 
-def _check_all_found(path: Path, place_and_remedy: str) -> None:
-    """Processes look for the newest checkpoint each for itself, and must have found the same. Collective.
+def _check_all_found(what: str, mine: str, place_and_remedy: str) -> None:
+    """Processes look for the newest checkpoint and read data each for itself, and must have found the same. Collective.
 
     Raises:
         UserError: naming those that they found.
     """
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, path.name)
+    dist.all_gather_object(found, mine)
     if len(set(found)) > 1:
-        raise UserError(f"processes found different newest checkpoints, {' and '.join(sorted(set(found)))}, {place_and_remedy}")
+        raise UserError(f"processes found different {what}, {' and '.join(sorted(set(found)))}, {place_and_remedy}")
+
+
+def _check_same_data(plan: Plan) -> None:
+    _check_all_found("data", plan.source.fingerprint, "under data.paths; let all see the same files")
+
+
+def _changed_data(manifest: dict[str, Any], plan: Plan) -> list[str]:
+    """That the data are not those of a checkpoint, which before this was told had no fingerprint."""
+    now = plan.source.fingerprint
+    before = manifest.get("fingerprint", now)
+    if before == now:
+        return []
+    return [f"content of the data: {before} -> {now}, so text may come twice or be trained on though held out before"]
 
 
 def _train_steps(trainer: Trainer, plan: Plan, progress: Progress, reporter: Reporter, stop: StopRequest) -> bool:
@@ -227,16 +241,18 @@ def evaluate(config: RunConfig, checkpoint: Path | None = None) -> dict[str, Any
     check_compatible(manifest, plan.config, path, to_resume=False)
     with processes(plan):
         trainer = build_trainer(plan.config, plan.device, for_training=False)
-        _check_all_found(path, f"in {path.parent}; name one")
+        _check_all_found("newest checkpoints", path.name, f"in {path.parent}; name one")
+        _check_same_data(plan)
         load_checkpoint(path, trainer.chunks, None, manifest=manifest)
         _close_selected_until_due(trainer, manifest["step"])
         loss = validation_loss(trainer, plan.source)
     whole, validation = plan.source.unigram_bits_per_byte()
-    differing = changed_settings(manifest, plan.config)
+    differing = [*changed_settings(manifest, plan.config), *_changed_data(manifest, plan)]
     return {
         "checkpoint": str(path),
         "step": manifest["step"],
         **({"settings_unlike_the_checkpoints": differing} if differing else {}),
+        "val_sequences": min(plan.config.train.eval_sequences, plan.source.num_validation_samples),
         "val_loss": loss,
         "val_bits_per_byte": bits_per_byte(loss, plan.source.bytes_per_token),
         "unigram_bits_per_byte": whole,

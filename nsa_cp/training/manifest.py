@@ -105,11 +105,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _complete_before(path: Path) -> str:
-    """What to do in place of a damaged checkpoint, where the same folder has an older one that is complete."""
+    """Where the same folder has an older checkpoint that is complete: its name, to add to what is wrong with this one."""
     for older in sorted((item for item in path.parent.glob("step_*") if item.name < path.name), reverse=True):
         with contextlib.suppress(UserError):
             _read(older)
-            return f": {older.name} beside it is complete, and to go on from there write that name into {path.parent / LATEST}"
+            return f"; {older.name} beside it is complete (--resume takes the one that {path.parent / LATEST} names)"
     return ""
 
 

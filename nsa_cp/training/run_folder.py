@@ -16,6 +16,7 @@ except ImportError:  # not on Windows
     fcntl = None
 
 from nsa_cp.training.config import RunConfig, differences
+from nsa_cp.training.config_load import load_config
 from nsa_cp.training.errors import UserError
 from nsa_cp.training.files import json_lines, write_atomically
 from nsa_cp.training.manifest import CHECKPOINTS, LATEST
@@ -76,9 +77,9 @@ class RunFolder:
             item.unlink(missing_ok=True)
         changes = []
         if self.config.is_file():
-            before = self.config.read_text(encoding="utf-8")
-            changes = list(differences(_settings(before), config.model_dump(mode="json")))
+            changes = list(differences(_settings(self.config), config.model_dump(mode="json")))
             if changes:
+                before = self.config.read_text(encoding="utf-8")
                 write_atomically(self.path / f"config_before_{len(self._earlier_configs()) + 1}.yaml", before)
         write_atomically(self.config, config.to_yaml())
         if damaged := self._set_damaged_metrics_aside():
@@ -148,10 +149,14 @@ def _rows(content: bytes) -> list[dict[str, Any]]:
     return [row for row in json_lines(content) if isinstance(row.get("step"), int)]
 
 
-def _settings(text: str) -> dict[str, Any]:
-    """Of a config.yaml; none where somebody has made it something else."""
+def _settings(file: Path) -> dict[str, Any]:
+    """Of a config.yaml; as they stand there where this version refuses them, none where somebody has made it something else."""
     try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError:
+        return load_config(file).model_dump(mode="json")
+    except UserError:
+        pass
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError):
         found = None
     return found if isinstance(found, dict) else {}

@@ -14,17 +14,20 @@ CASES = [
     (RotaryConfig(base=500000.0), 5, 192),
     (RotaryConfig(percent=0.25), 3, 96),
     (RotaryConfig(base=100.0, percent=0.3), 2, 33),
+    (RotaryConfig(percent=0.05), 2, 64),
 ]
 
 
 @pytest.mark.parametrize(("rotary", "heads", "width"), CASES)
 def test_values_and_gradients(rotary: RotaryConfig, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Of rows that lie in a wider tensor, as those of a fused projection do, at positions of up to four million."""
+    """Of rows that lie in a wider tensor, as those of a fused projection do, or head by head, at positions up to four million."""
     torch.manual_seed(0)
     rows = 301
     position = torch.randint(0, 1 << 22, (rows,), dtype=torch.int32, device=device)
-    fused = torch.randn(rows, heads, width + 7, device=device).to(dtype)
-    x = fused[..., 3 : 3 + width].requires_grad_()
+    x = torch.randn(rows, heads, width + 7, device=device).to(dtype)[..., 3 : 3 + width]
+    if heads == 3:
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    x.requires_grad_()
     grad = torch.randn(rows, heads, width, device=device).to(dtype)
     out = rotation(rotary, position, x, "triton")(x)
     (dx,) = torch.autograd.grad(out, x, grad)
@@ -53,3 +56,4 @@ def test_nothing_and_no_rotation(device: torch.device) -> None:
     out.sum().backward()
     assert out.shape == x.shape == x.grad.shape
     assert rotation(None, position, x, "triton")(x) is x
+    assert rotation(RotaryConfig(percent=0.01), position, x, "triton")(x) is x

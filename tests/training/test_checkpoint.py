@@ -86,10 +86,10 @@ def test_the_older_checkpoint_that_is_complete_is_named(run: RunConfig) -> None:
     for name in ("step_00000001", "step_00000000", "step_00000003"):
         shutil.copytree(find_latest(folder), folder / name)
     (find_latest(folder) / "common.pt").unlink()
-    remedy = "beside it is complete, and to go on from there write that name into .*checkpoints/latest$"
-    refuse(run, f"step_00000002 is truncated: common.pt is missing .*; use another checkpoint: step_00000001 {remedy}")
+    remedy = r"beside it is complete \(--resume takes the one that .*checkpoints/latest names\)$"
+    refuse(run, f"step_00000002 is truncated: common.pt is missing .*; use another checkpoint; step_00000001 {remedy}")
     (folder / "step_00000001" / ".metadata").write_bytes(b"")
-    refuse(run, f"step_00000002 is truncated: common.pt is missing .*; use another checkpoint: step_00000000 {remedy}")
+    refuse(run, f"step_00000002 is truncated: common.pt is missing .*; use another checkpoint; step_00000000 {remedy}")
 
 
 def test_a_missing_file(run: RunConfig) -> None:

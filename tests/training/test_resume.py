@@ -227,6 +227,21 @@ def test_a_resume_with_data_that_has_changed_says_so(tmp_path: Path, workers: Wo
     assert workers(1).run(printed_here, config, "content of the data", resume=True) == [[]]
 
 
+def train_on_a_text_each(rank: int, world_size: int, runs_dir: Path, texts: list[Path]) -> None:
+    train_here(rank, world_size, tiny_config(runs_dir, "parallel.context=2", "data.kind=text", f"data.paths=[{texts[rank]}]"))
+
+
+def test_processes_that_read_different_data_stop(tmp_path: Path, workers: Workers) -> None:
+    """As happens where one machine has an older copy of a file."""
+    texts = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for path, word in zip(texts, ("gold", "bold"), strict=True):
+        path.write_text(f"All that is {word} does not glitter.\n" * 50)
+    found = r"different data, 1750 bytes with hash \w+ and 1750 bytes with hash \w+, under data.paths"
+    with pytest.raises(UserError, match=found):
+        workers(2).run(train_on_a_text_each, tmp_path / "runs", texts)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_evaluation_wants_no_batch_and_no_steps_and_says_what_differs(tmp_path: Path, workers: Workers) -> None:
     config = tiny_config(tmp_path)
     workers(1).run(train_here, config)
