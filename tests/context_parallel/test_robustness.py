@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -101,20 +102,24 @@ def test_a_new_layout_beside_a_repeated_one_is_an_error_on_both_ranks(workers, a
 
 
 def _different_calls(rank: int, world_size: int) -> list[str]:
-    """Rank 1 calls with another window, another kind of attention, and without rotation."""
+    """Rank 1 calls with another window, another kind of attention, without rotation, with fewer heads and narrower values."""
     problem, layout = _problem(rank, "first")
     q, k, v, group, told = problem.q, problem.k[0], problem.v[0], dist.group.WORLD, []
 
     def window(size: int) -> None:
         sliding_window_attention(q, k, v, layout, window_size=size, cp_group=group)
 
-    def nsa(rotary: RotaryConfig | None) -> None:
-        solve(replace(problem, rotary=rotary), layout=layout, group=group)
+    def nsa(**changes: Any) -> None:
+        solve(replace(problem, **changes), layout=layout, group=group)
+
+    narrow = make_problem(CONFIG, DOCUMENTS["first"], qk_dim=64, v_dim=32, dtype=q.dtype).shard(layout).to(q.device)
 
     for mine, other in (
         (lambda: window(8), lambda: window(16)),
         (lambda: window(8), lambda: full_attention(q, k, v, layout, cp_group=group)),
-        (lambda: nsa(RotaryConfig()), lambda: nsa(None)),
+        (nsa, lambda: nsa(rotary=None)),
+        (nsa, lambda: nsa(q=q[:, :2], gates=problem.gates[:, :2])),
+        (nsa, lambda: nsa(v=narrow.v, v_weights=narrow.v_weights)),
     ):
         with pytest.raises(ValueError) as error:
             (mine if rank == 0 else other)()
