@@ -157,7 +157,7 @@ def _section_at(loc: Sequence[Any]) -> type[BaseModel] | None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader with two changes: duplicate keys are errors, and every scalar stays text (or null) for pydantic to parse.
+    """YAML's safe loader with two changes: duplicate keys are errors, and scalars stay text (or null) for pydantic to parse.
 
     YAML itself would keep the last of two equal keys, read 010 as 8 and 1:30 as 90, and read a run called 123 or no as no text.
     """

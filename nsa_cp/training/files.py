@@ -11,7 +11,7 @@ from nsa_cp.training.errors import UserError
 
 
 def expanded(path: str | Path) -> Path:
-    """``path`` with the home folder for a leading ``~``, which a shell replaces only at the start of a word, not in ``key=~/x``.
+    """``path`` with the home folder for a leading ``~``. Shells replace ``~`` only at the start of a word, not in ``key=~/x``.
 
     Raises:
         UserError: ``~name`` of an unknown user.
@@ -23,7 +23,7 @@ def expanded(path: str | Path) -> Path:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace the file at ``path`` by ``content`` (text as UTF-8) in one step, so that neither a reader nor a crash ever sees half
+    """Replace the file at ``path`` by ``content`` (text as UTF-8) in one step: no reader ever sees, and no crash ever leaves, half
     of it. If several processes write the same file, the last one wins."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.new")
     try:

@@ -168,8 +168,8 @@ class IndexedSource:
         self._train: GPTDataset | None = None
 
     def _split(self, fraction: float) -> int:
-        """Index of the first validation document: the fewest last documents that hold ``fraction`` of all tokens, and at least one
-        sequence."""
+        """Index of the first validation document. Those from it on are the fewest that hold ``fraction`` of all tokens, and at
+        least one sequence."""
         total, need = int(self._lengths.sum()), self.sequence_length + 1
         wanted = max(need, fraction * total)
         from_end = np.cumsum(self._lengths[::-1])

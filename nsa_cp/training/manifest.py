@@ -96,8 +96,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """Read a checkpoint's manifest and check that all its files are complete.
 
     Raises:
-        UserError: not a checkpoint of this trainer; or one of its files is missing, has the wrong size or (small files only) other
-            content than was written. The message then names an older complete checkpoint beside it, if there is one.
+        UserError: not a checkpoint of this trainer; or one of its files is missing, has the wrong size or (small files only) has
+            other content than was written. The message then names an older complete checkpoint beside it, if there is one.
     """
     try:
         return _read(path)

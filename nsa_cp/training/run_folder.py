@@ -1,4 +1,4 @@
-"""The folder ``runs/<name>/`` of a run: paths of its files, which run may start in it, and what the first process writes there."""
+"""The folder ``runs/<name>/`` of a run: paths of its files, who may start a run in it, and what the first process writes."""
 
 from __future__ import annotations
 
