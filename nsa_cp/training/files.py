@@ -23,8 +23,8 @@ def expanded(path: str | Path) -> Path:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace the file at ``path`` by ``content`` (text as UTF-8) in one step: no reader ever sees, and no crash ever leaves, half
-    of it. If several processes write the same file, the last one wins."""
+    """Replace the file at ``path`` by ``content`` (text as UTF-8) in one step: no reader sees, and no crash leaves, half of it.
+    If several processes write the same file, the last one wins."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.new")
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
