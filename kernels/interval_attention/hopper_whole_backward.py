@@ -79,8 +79,8 @@ def store_release(pointer, value):
 
 
 def _add_quads_asm() -> tuple[str, str]:
-    """PTX that adds 8 quads to memory, and its operands: 8 unused outputs, 32 times the same address, 32 values, 32 times the same
-    condition. One block, so that one branch and one address serve all quads."""
+    """PTX that adds 8 quads to memory, and its operands: 8 unused outputs, 32 times the same address, 32 values, 32 times the
+    same condition. One block, so that one branch and one address serve all quads."""
     quads = [", ".join(f"${40 + 4 * block + i}" for i in range(4)) for block in range(8)]
     adds = " ".join(f"red.relaxed.gpu.global.add.v4.f32 [$8+{2048 * b}], {{{quad}}};" for b, quad in enumerate(quads))
     words = " ".join(f"mov.b32 ${word}, 0;" for word in range(8))
