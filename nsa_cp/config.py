@@ -100,8 +100,8 @@ class NSAConfig:
     def overlap_weights(self) -> tuple[int, ...]:
         """Weight of compressed tokens ``r*j - (l/d - 1) ... r*j + r - 1`` in the score of block j, with r = l'/d (paper eq. 9).
 
-        A compressed token counts once for each of its l/d pieces of d tokens that lies in the block: 1, 2, 2, 2, 1 for l, d, l'
-        = 32, 16, 64.
+        A compressed token counts once for each of its l/d pieces of d tokens that lies in the block: for (l, d, l') = (32, 16,
+        64) the weights are 1, 2, 2, 2, 1.
         """
         pieces, per_block = self.compress_block_size // self.compress_stride, self.select_block_size // self.compress_stride
         return tuple(sum(0 <= offset + k < per_block for k in range(pieces)) for offset in range(1 - pieces, per_block))

@@ -62,7 +62,7 @@ class Link:
     def time(self, pattern: str, received: float, cp: int) -> float:
         """Milliseconds until a rank has received ``received`` bytes by ``pattern`` among ``cp`` ranks."""
         points = getattr(self, pattern)
-        # The line whose right end is the first beyond, or the last line.
+        # The segment whose right end is the first point beyond ``received``, else the last segment.
         right = next((i for i, (size, _) in enumerate(points) if received <= size), len(points) - 1)
         (x0, y0), (x1, y1) = points[max(0, right - 1)], points[max(1, right)]
         measured = max(points[0][1], y0 + (received - x0) * (y1 - y0) / (x1 - x0))
@@ -239,14 +239,14 @@ class CostModel:
         ring = self.config.compressed_comm == "ring"
         steps, raw = self._steps(tokens)
         compressed = self._compressed_bytes(tokens)
-        # The hosts start to compare layouts. A new one they settle first, the answer to a known one is looked at in the end.
+        # The hosts start to compare layouts. For a new layout the answer is awaited here, for a known one at the end.
         agreed = self.agreement_step_ms * (cp - 1)
         if self.new_layout:
             lanes.wait(agreed)
-        # Halo rows of compression and window; nothing can be computed before they are there.
+        # Halo rows of compression and window; nothing can be computed before they have arrived.
         self._fetch_halo(lanes, tokens, cp)
         lanes.compute(self._kernel("forward", "compression", tokens, cp))
-        # The compressed tokens set out, to all ranks or to the next one, and behind them the first groups' raw rows.
+        # Compressed tokens are sent, to all ranks or to the next one, and then raw rows of the first slice of groups.
         tokens_there = self._pass_on(lanes, compressed / cp) if ring else self._gather(lanes, compressed, cp)
         raw_there = self._gather(lanes, raw, cp)
         # The window computes while they travel.
@@ -259,13 +259,13 @@ class CostModel:
         # All compressed keys are there: the choice of blocks needs no transfer.
         lanes.compute(self._kernel("forward", "selection", tokens, cp))
         for step in range(steps):
-            # The next groups' rows set out before these are awaited.
+            # The next slice's rows are sent before this slice's are awaited.
             following = self._gather(lanes, raw, cp) if step + 1 < steps else 0.0
             self._arrive(lanes, raw_there, raw)
             lanes.compute(self._kernel("forward", "selected", tokens, cp) / steps)
             raw_there = following
         lanes.compute(self._kernel("forward", "gating", tokens, cp))
-        # All kernels are queued, so the hosts' answer delays the call only if these have ended before it is there.
+        # All kernels are queued, so the hosts' answer delays the call only if it comes after they have ended.
         lanes.wait(agreed)
 
     def _compressed_by_shards(self, lanes: _Lanes, arrival: float, tokens: int, cp: int) -> None:
@@ -278,7 +278,7 @@ class CostModel:
                 # The next rank's shard is awaited and, but for the last, sent on before it is computed on.
                 lanes.wait(arrival)
                 arrival = self._pass_on(lanes, shard) if number + 1 < cp else 0.0
-            # Its keys go to the buffer that scoring reads.
+            # The shard's keys are copied to the buffer that scoring reads.
             lanes.compute(self._copy(2 * shard * heads.qk_dim / (heads.qk_dim + heads.v_dim)))
             # A merge scales the output (8 bytes an element), weights the part (4 and its own) and adds it (12).
             lanes.compute(kernel / cp + self._copy((24 + self.itemsize) * elements))
@@ -293,13 +293,13 @@ class CostModel:
         compressed = self._compressed_bytes(tokens)
         branches = {stage: self._kernel("backward", stage, tokens, cp) / steps for stage in ("window", "compressed", "selected")}
         dkv = {stage: (1 - QUERY_GRADIENT_SHARE) * ms for stage, ms in branches.items()}
-        # Part of the selected branch's dk, dv, but done for all groups at once.
+        # Sorting is part of the selected branch's dk, dv time, but is done for all groups at once.
         picks = tokens / cp * groups * self.config.num_selected_blocks
         sorting = min(self._copy(SORTED_BYTES * picks), steps * dkv["selected"])
         # Row sums and the gates' gradient come before the branches' backward begins.
         lanes.compute(self._kernel("backward", "gating", tokens, cp))
-        # Halo rows, kept from the forward, meet the own ones; the compressor runs again; its tokens and, behind them, the first
-        # groups' raw rows set out while the chosen blocks are sorted.
+        # Halo rows kept from the forward are merged with own rows; the compressor runs again; its tokens, and then the first
+        # slice's raw rows, are sent while the chosen blocks are sorted.
         lanes.compute(self._copy(2 * self._halo_buffers(tokens, cp)))
         lanes.compute(self._kernel("backward", "recompression", tokens, cp))
         tokens_there = self._gather(lanes, compressed, cp)
@@ -311,22 +311,22 @@ class CostModel:
             lanes.compute(dkv["window"])
             if step == 0:
                 self._arrive(lanes, tokens_there, compressed)
-            # Those of the compressed tokens. The next groups' rows set out, and the sums over the ranks.
+            # dk, dv of the compressed tokens. Then the next slice's rows are sent, and the sums over ranks start.
             lanes.compute(dkv["compressed"])
             following = self._gather(lanes, raw, cp) if step + 1 < steps else 0.0
             cmp_summed = self._scatter(lanes, compressed / steps, cp)
-            # Those of the selected branch; their sums travel while one kernel makes dq of all branches.
+            # dk, dv of the selected branch; their sums travel while one kernel makes dq of all branches.
             self._arrive(lanes, raw_there, raw)
             lanes.compute(dkv["selected"] - sorting / steps)
             under_way = self._scatter(lanes, raw, cp)
             if step + 1 == steps:
                 returned = self._return_halo(lanes, cmp_summed, tokens, cp)
             lanes.compute(QUERY_GRADIENT_SHARE * sum(branches.values()))
-            # The groups before must be through; these sums go on under the next. (The two sums end in their order.)
+            # The previous slice's sums must have ended; this slice's go on during the next. (The two sums end in their order.)
             lanes.wait(summed)
             summed, raw_there = under_way, following
         lanes.wait(summed)
-        # The halo's gradients. (Groups of selected rows are joined and rounded in one pass, which one GPU makes too.)
+        # The halo's gradients. (Slices of the selected branch's gradients are joined and rounded in one pass, as on one GPU.)
         lanes.wait(returned)
 
     def _return_halo(self, lanes: _Lanes, summed: float, tokens: int, cp: int) -> float:
@@ -334,7 +334,7 @@ class CostModel:
         halo rows, cut out of the buffers, go back; returns when they are there."""
         steps, raw = self._steps(tokens)
         lanes.wait(summed)
-        # Groups side by side: float32 gradients of the window's rows and of own compressed ones.
+        # Joining the slices of groups: float32 gradients of the window's rows and of own compressed tokens.
         joined = self._float32(raw * steps + self._compressed_bytes(tokens)) / cp
         lanes.compute(self._copy(2 * joined if steps > 1 else 0.0))
         lanes.compute(self._kernel("backward", "compression", tokens, cp))
@@ -347,15 +347,15 @@ class CostModel:
         own = self.kernels.bytes_per_token.get(pass_, 0.0) * tokens / cp
         if cp == 1:
             return own / GIB
-        # While gathered rows are held the gated sum is not there yet; in the backward the branches' outputs have made room, not
-        # all of which dq and gradients of own rows take.
+        # While gathered rows are held, the gated sum is not allocated yet; in the backward the branches' outputs have been freed,
+        # and dq and the gradients of own rows do not take all that room.
         beside = own - self.itemsize * tokens / cp * self.kernels.heads.num_heads * self.kernels.heads.v_dim
         steps, raw = self._steps(tokens)
         compressed = self._compressed_bytes(tokens)
-        # Raw rows of a step's groups: as they arrive, in order, and the next ones' arriving.
+        # Raw rows of a slice of groups: as received, in global order, and those of the next slice arriving.
         gathered = compressed + 3 * raw
         if pass_ == "backward":
-            # Their float32 gradients: as computed, as a message, and the message of the step before, still travelling.
+            # Their float32 gradients: as computed, as a message, and the previous slice's message, still under way.
             gathered += 3 * 4 / self.itemsize * (raw + compressed / steps)
         return max(own, beside + gathered) / GIB
 
@@ -365,7 +365,7 @@ class CostModel:
         return self.kernels.at(pass_, stage, tokens) * uneven / cp
 
     def _fetch_halo(self, lanes: _Lanes, tokens: int, cp: int) -> None:
-        """Fetch halo rows and merge them with the own ones. (Their packing is nothing beside that.)"""
+        """Fetch halo rows and merge them with own rows. (Packing them takes next to nothing.)"""
         lanes.wait(lanes.issue("exchange", self._halo_bytes(cp)))
         lanes.compute(self._copy(2 * self._halo_buffers(tokens, cp)))
 

@@ -106,7 +106,7 @@ class HaloExchange:
         carrier: for each tensor the index of the one that travels for it.
         carried: indices of the tensors that travel.
         received: after :meth:`wait`, the rows of other ranks, one tensor for each of ``carried``; empty if all rows are local.
-            Who keeps them can rebuild the buffers without a second exchange, see :meth:`merge`.
+            Keep them to rebuild the buffers later without a second exchange, see :meth:`merge`.
     """
 
     def __init__(self, halos: Sequence[HaloRows], group: dist.ProcessGroup | None, same_as: Sequence[int] | None = None) -> None:

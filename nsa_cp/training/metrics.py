@@ -40,7 +40,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def agree(trainer: Trainer, losses: Tensor, traffic: Traffic, *, stop: bool) -> dict[str, float]:
-    """Combine one step's figures over all processes in one reduction. Collective.
+    """Combine one step's figures over all processes, by one sum and one maximum. Collective.
 
     Args:
         losses: [2] float64, this process's sum of token losses and token count (see ``run_schedule``).
