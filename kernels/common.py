@@ -1,12 +1,12 @@
-"""Pieces that every stage's kernels share: tiles of rows, widths that are no power of two, and the launchers' small helpers.
+"""What the kernels of all stages share: tiles of query rows, head widths that are no power of two, and helpers of the launchers.
 
 A query tile is ``TOKENS`` adjacent tokens times the ``HEADS`` query heads of one K/V group, flattened to at most ``ROWS`` rows
 (row r is token r // HEADS, head r % HEADS). Rows past the end repeat the last token, so that loads need no mask; stores do.
 
-A head of width D is held as a power-of-two part and, where that saves work, a second one: 192 is 128 + 64, 96 is 64 + 32.
-Widths that still do not fit are padded with zero columns.
+A head of width D is held in two column parts, a power of two (``head``) and, where that saves work, a smaller one (``tail``):
+192 is 128 + 64, 96 is 64 + 32. Widths that still do not fit are padded with zero columns.
 
-Addresses are 64-bit everywhere: 256k tokens x 64 heads x 128 channels pass 2^31 elements.
+Addresses are 64-bit everywhere: 256k tokens x 64 heads x 128 channels exceed 2^31 elements.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 INT_MAX = tl.constexpr(2147483647)
 
-# How products of float32 tiles are taken (16-bit ones have one way): three tensor-core products that together keep float32's
+# How float32 tiles are multiplied (16-bit ones leave no choice): by three tensor-core products that together keep float32's
 # accuracy to a few roundings. Plain float32 arithmetic, "ieee", takes several times as long to compile and to run.
 FLOAT32_PRODUCTS = "tf32x3"
 
@@ -38,14 +38,14 @@ def split_width(width: int) -> tuple[int, int]:
 
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:
-    """``x``, copied only where its last dimension is not contiguous; other strides are the kernels' business."""
+    """``x``, copied only if its last dimension is not contiguous; kernels handle all other strides."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def copies_in_bulk(*tensors: torch.Tensor) -> bool:
-    """Whether Hopper's copy engine can fetch tiles of all of these: bases and rows start at multiples of 16 bytes.
+    """Whether the copy engine (compute capability 9 and later) can fetch tiles of all these: bases and rows are 16-byte aligned.
 
-    Where there is nothing to fetch it cannot: an empty tensor has no tiles to describe.
+    False if any tensor is empty, since it has no tiles to describe.
     """
     return all(
         x.is_cuda
@@ -60,7 +60,7 @@ def copies_in_bulk(*tensors: torch.Tensor) -> bool:
 def bulk_tiles(x: torch.Tensor, rows: int, heads: int, split: tuple[int, int], bulk: bool) -> tuple[object, object]:
     """Descriptors of tiles ``rows x heads`` of ``x`` [R, heads, D], for both column parts; ``x`` itself if not ``bulk``.
 
-    Columns past D read as 0. Without a tail the second is a stand-in that nothing reads.
+    Columns past D read as 0. Without a tail the second descriptor is a placeholder that nothing reads.
     """
     if not bulk:
         return x, x
@@ -69,13 +69,13 @@ def bulk_tiles(x: torch.Tensor, rows: int, heads: int, split: tuple[int, int], b
 
 
 def key_arguments(k: torch.Tensor, v: torch.Tensor, keys: int, bulk: bool) -> tuple[object, ...]:
-    """What kernels that walk key tiles take for k [M, G, Dk] and v [M, G, Dv]: both, and their tiles' descriptors."""
+    """Arguments of kernels that walk key tiles, for k [M, G, Dk] and v [M, G, Dv]: both, and the descriptors of their tiles."""
     k_tiles = bulk_tiles(k, keys, 1, split_width(k.shape[2]), bulk)
     return k, v, *k_tiles, *bulk_tiles(v, keys, 1, split_width(v.shape[2]), bulk)
 
 
 def widths(groups: int, heads: int, dk: int, dv: int) -> dict[str, object]:
-    """Compile-time settings that all attention kernels take."""
+    """Compile-time arguments that all attention kernels take: counts of groups and heads, and head widths by column part."""
     (dk_head, dk_tail), (dv_head, dv_tail) = split_width(dk), split_width(dv)
     return dict(
         GROUPS=groups, HEADS=heads, DK=dk, DK_HEAD=dk_head, DK_TAIL=dk_tail, DV=dv, DV_HEAD=dv_head, DV_TAIL=dv_tail,
@@ -84,7 +84,7 @@ def widths(groups: int, heads: int, dk: int, dv: int) -> dict[str, object]:
 
 
 def check_heads(num_heads: int, num_groups: int) -> int:
-    """Query heads of one K/V group.
+    """Number of query heads of one K/V group.
 
     Raises:
         ValueError: the heads do not divide over the groups.

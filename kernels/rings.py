@@ -1,4 +1,4 @@
-"""What the Gluon kernels share on the device; importable only where Gluon is. See ``hopper.py`` for the protocol of rings."""
+"""Device functions that the Gluon kernels share. Importable only where Gluon is; ``hopper.py`` explains the protocol of rings."""
 
 from __future__ import annotations
 

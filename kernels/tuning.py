@@ -1,7 +1,8 @@
-"""Static tile sizes: a table for each stage, by head width. Nothing is tuned at run time, so that all ranks agree.
+"""Tile sizes of the Triton kernels: a table for each stage. Nothing is tuned at run time, because results depend on tile shapes
+in their last bits, and all ranks must agree.
 
-To retune, edit a row and measure. Rows ``(width, heads, shape)`` are tried in order; the first whose width covers max(Dk, Dv)
-and whose heads cover the heads of a group is taken.
+To retune, edit a row and measure. Rows ``(width, heads, shape)`` are tried in order; the first is taken whose width is at least
+max(Dk, Dv) and whose heads are at least the heads of a group.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import torch
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Shape of one program.
+    """Tile shape of one program.
 
     Args:
         rows: query rows (tokens times heads of the group) of a tile, a power of two of at least 16.
         keys: key rows of a tile, a power of two of at least 16.
         num_warps: warps of a program.
         num_stages: depth of the software pipeline over the inner loop's loads.
-        max_tokens: most tokens of a query tile, whatever its rows.
+        max_tokens: upper limit of the tokens in a query tile, however many rows it has.
     """
 
     rows: int
@@ -34,12 +35,12 @@ class TileConfig:
         return max(1, min(self.rows // heads, self.max_tokens))
 
     def fitted(self, heads: int) -> TileConfig:
-        """This shape with as many rows as the tokens of a tile need: more for very large groups, fewer for very small ones."""
+        """This shape with just the rows that a tile's tokens need: more for groups of very many heads, fewer for very few."""
         rows = max(16, 1 << (self.tokens(heads) * heads - 1).bit_length())
         return replace(self, rows=rows)
 
 
-# Interval attention: up to so many keys a query the ends of the range matter more than its middle.
+# Interval attention: with up to this many keys a query, the masked ends of its range cost more than the middle.
 SHORT_SPAN = 1024
 
 Table = tuple[tuple[int, int, TileConfig], ...]
@@ -103,7 +104,7 @@ _SMALL: dict[str, Table] = {
 
 
 def tile_config(stage: str, dtype: torch.dtype, device: torch.device, heads: int, width: int) -> TileConfig:
-    """Tile shape of a stage.
+    """The tile shape of a stage.
 
     Args:
         stage: a key of the tables above.

@@ -1,7 +1,7 @@
 """Usage: mpirun -n 2 python launch/mpirun.py train configs/quickstart.yaml [key=value ...]
 
-MPI starts the processes and hands out rank, world size, local rank and the rendezvous address; torch.distributed does the
-rest. What follows the script's name is the command line of `nsa-cp`. Needs mpi4py (`pip install "nsa-cp[mpi]"`).
+MPI starts the processes and tells them rank, world size, local rank and the rendezvous address; torch.distributed does the
+rest. All arguments are the command line of `nsa-cp`. Needs mpi4py (`pip install "nsa-cp[mpi]"`).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _SECONDS_TO_FORWARD = 1.0
 
 
 def torch_environment(comm: MPI.Comm) -> dict[str, str]:
-    """The variables that torch.distributed's ``env://`` reads, for this process of ``comm`` (a collective call).
+    """The environment variables that torch.distributed's ``env://`` reads, for this process of ``comm``. Collective.
 
     Returns:
-        RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, and rank 0's MASTER_ADDR and a port free there as MASTER_PORT.
+        RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR (the host of rank 0) and MASTER_PORT (a port free there).
     """
     from mpi4py import MPI
 
@@ -48,7 +48,7 @@ def torch_environment(comm: MPI.Comm) -> dict[str, str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Run ``nsa-cp`` with ``arguments`` in this process of ``MPI.COMM_WORLD``; returns its exit status."""
+    """Run ``nsa-cp`` with ``arguments`` on this rank of ``MPI.COMM_WORLD``; returns its exit status."""
     from mpi4py import MPI
 
     os.environ.update(torch_environment(MPI.COMM_WORLD))
@@ -58,23 +58,23 @@ def main(arguments: list[str]) -> int:
 
         status = nsa_cp_main(arguments)
         if status:
-            # Bad input may be seen by some ranks only, a file missing on one machine for example.
+            # The other ranks may not have noticed the bad input, for example a file missing on one machine.
             _abort(status)
         return status
     except Exception:
-        # The other ranks wait for this one in a collective and would never end: MPI ends the job.
+        # The other ranks may wait for this one in a collective forever, so MPI must end the job.
         sys.stderr.write(traceback.format_exc())
         _abort(1)
         raise
 
 
 def _abort(status: int) -> None:
-    """End all ranks, after what this one has said."""
+    """End all ranks, once this one's output has been forwarded."""
     from mpi4py import MPI
 
     sys.stdout.flush()
     sys.stderr.flush()
-    # The launcher forwards what ranks write, and drops what it has not read when it is told to abort.
+    # The launcher forwards the ranks' output, and drops what it has not read by the time it is told to abort.
     time.sleep(_SECONDS_TO_FORWARD)
     MPI.COMM_WORLD.Abort(status)
 

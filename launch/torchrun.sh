@@ -2,9 +2,9 @@
 # Usage, one node:    NPROC_PER_NODE=2 bash launch/torchrun.sh train configs/quickstart.yaml [key=value ...]
 # Usage, many nodes:  NNODES=8 MASTER_ADDR=node0 NPROC_PER_NODE=8 bash launch/torchrun.sh train configs/multinode_1b.yaml    (on each)
 #
-# Everything after the script's name is the command line of `nsa-cp`, run once a process. From the environment:
-#   NPROC_PER_NODE   processes on this node (default: one a GPU, or one a CPU core without a GPU)
-#   NNODES           nodes (1); MASTER_ADDR and MASTER_PORT (29500): one of them, which the others can reach
+# All arguments are the command line of `nsa-cp`, which every process runs. From the environment (defaults in brackets):
+#   NPROC_PER_NODE   processes on this node (one per GPU; without a GPU one per CPU core)
+#   NNODES           number of nodes (1); if more, MASTER_ADDR is a node that all can reach and MASTER_PORT (29500) a port there
 #   JOB_ID           any name that tells concurrent jobs on the same nodes apart (nsa-cp)
 #   PYTHON           interpreter (the checkout's .venv, else python3)
 set -euo pipefail

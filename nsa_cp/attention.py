@@ -1,7 +1,10 @@
-"""Attention modules and functions for a model's layers: local rows in, local rows out, at any context-parallel size.
+"""Attention for a model's layers: NSA as a module, dense and sliding-window attention as functions.
 
-Projections are the caller's. Queries and keys come unrotated, because compression may have to see them so; every attention
-here rotates them itself at their document positions.
+Each takes and returns this rank's rows (tokens) of a sequence, at any context-parallel size. Projections belong to the caller.
+Queries and keys must come unrotated, because compression may need unrotated keys; every attention here applies the rotary
+embedding itself, at positions within the document.
+
+Shapes: T rows of this rank, N query heads, G K/V heads (groups), Dk and Dv widths of a query/key and of a value head.
 """
 
 from __future__ import annotations
@@ -29,10 +32,10 @@ from nsa_cp.ops.stages import IntervalAttention
 
 
 class Compressor(nn.Module):
-    """The weights of one phi (paper eq. 7) for ``num_groups`` heads of ``dim`` channels; starts as the block mean.
+    """The weights of one compressor phi (paper eq. 7): its own for each of ``num_groups`` K/V heads of D = ``dim`` channels.
 
-    Parameters by ``config.compressor``: none for ``mean``; ``position`` [G, l, D] and ``weight`` [G, l*D, D] for ``linear``;
-    ``position``, ``w1`` [G, l*D, D] and ``w2`` [G, D, D] for ``mlp``.
+    Initially phi is the mean over the block. Parameters by ``config.compressor``: none for ``mean``; ``position`` [G, l, D] and
+    ``weight`` [G, l*D, D] for ``linear``; ``position``, ``w1`` [G, l*D, D] and ``w2`` [G, D, D] for ``mlp``.
     """
 
     def __init__(
@@ -54,12 +57,12 @@ class Compressor(nn.Module):
 
     @property
     def weights(self) -> tuple[torch.Tensor, ...]:
-        """The parameters in the order that ``nsa_cp.ops`` takes them."""
+        """The parameters, in the order in which ``nsa_cp.ops`` expects them."""
         return tuple(getattr(self, name) for name in self._names)
 
 
 class NativeSparseAttention(nn.Module):
-    """Native Sparse Attention (arXiv 2502.11089) without projections; holds the compressors' parameters.
+    """Native Sparse Attention (arXiv 2502.11089) without projections: its only parameters are the compressors'.
 
     ::
 
@@ -69,24 +72,26 @@ class NativeSparseAttention(nn.Module):
         layout = SequenceLayout.build(8192)  # one sequence on one process
         out = attention(q, (k_cmp, k_slc, k_win), (v_cmp, v_slc, v_win), gate_logits, layout)
 
-    Under context parallelism the parameters are the same on all ranks of ``cp_group`` (draw them from equal generators), and
-    each rank's gradients of them are its tokens' part: sum them over the group, as Megatron's DDP does, before the
-    optimizer's step (``dist.all_reduce(parameter.grad, group=cp_group)``; an averaging DDP has to be undone).
+    Under context parallelism all ranks of ``cp_group`` must hold equal parameters (seed their generators alike), and each rank's
+    parameter gradients cover its own tokens only: sum them over the group before the optimizer step, as Megatron's DDP does
+    (``dist.all_reduce(parameter.grad, group=cp_group)``; with a DDP that averages, multiply by the group's size).
 
     Args:
         config: the method's settings.
-        num_attention_heads: N, query heads here (those of one tensor-parallel rank).
-        num_query_groups: G, key/value heads here; divides N.
+        num_attention_heads: N, query heads on this process (under tensor parallelism: of its rank).
+        num_query_groups: G, key/value heads on this process; divides N.
         qk_dim: Dk. v_dim: Dv, None for Dk.
         rotary: position embedding, or None for none.
         cp_group: context-parallel process group; None is a single process.
-        generator: draws the compressors' initial weights.
+        generator: draws the compressors' initial weights, on the CPU; None is torch's default generator.
+        device, dtype: of the parameters; by default float32 on the CPU.
 
     Attributes:
-        last_metrics: detached scalars on the device, of the last forward: ``remote_block_fraction`` (chosen blocks with rows
-            of another rank), ``remote_blocks_needed`` (blocks with rows of another rank that some local query chose; both see
-            ``remote_blocks``), ``gate_compressed``, ``gate_selected``, ``gate_window`` (means).
-        record_selection: set it to keep ``last_selection`` (int32 [T, G, n]) and ``last_gates`` [T, N or 1, 3].
+        last_metrics: scalars of the last forward, detached, on the device: ``remote_block_fraction`` and ``remote_blocks_needed``
+            (``chosen`` and ``needed`` of ``nsa_cp.ops.RemoteBlocks``), and the mean gates ``gate_compressed``,
+            ``gate_selected`` and ``gate_window``.
+        record_selection: set to True to keep ``last_selection`` (int32 [T, G, n]) and ``last_gates`` [T, N or 1, 3] of each
+            forward.
 
     Raises:
         ValueError: heads not a multiple of groups.
@@ -122,7 +127,7 @@ class NativeSparseAttention(nn.Module):
         self.last_selection: torch.Tensor | None = None
         self.last_gates: torch.Tensor | None = None
 
-    # torch.compile leaves this as it is: it would trace the plans' numpy, which it cannot cache, anew for every length.
+    # Hidden from torch.compile, which would trace the plans' numpy code anew for every length and cannot cache it.
     @torch.compiler.disable
     def forward(
         self,
@@ -132,19 +137,20 @@ class NativeSparseAttention(nn.Module):
         gate_logits: torch.Tensor,
         layout: SequenceLayout,
     ) -> torch.Tensor:
-        """Attend from and to the rows of ``layout``.
+        """Attention of this rank's queries to the whole sequence. Collective over ``cp_group``.
 
         Args:
             q: [T, N, Dk], unrotated.
-            k, v: [T, G, Dk], [T, G, Dv] for compressed, selected, window, or one each with ``shared_kv``.
-            gate_logits: [T, N or 1, 3]; the gates are their sigmoid.
-            layout: which rows this rank holds.
+            k, v: tensors [T, G, Dk] (unrotated) and [T, G, Dv], one per branch in the order compressed, selected, window; with
+                ``shared_kv`` a single one.
+            gate_logits: [T, N or 1, 3], branches in the same order; the gates are their sigmoid.
+            layout: the sequence's documents, and which rows this rank holds.
 
         Returns:
             [T, N, Dv] in the dtype of q.
 
         Raises:
-            ValueError: inputs that do not fit together or to the layout, or ranks that disagree.
+            ValueError: inputs that do not fit together or do not fit the layout, or ranks that disagree.
         """
         if q.dim() == 3 and q.shape[1] != self.num_attention_heads:
             raise ValueError(
@@ -167,14 +173,14 @@ class NativeSparseAttention(nn.Module):
         return result.out
 
     def _given_blocks(self, q: torch.Tensor, k: Sequence[torch.Tensor], layout: SequenceLayout) -> torch.Tensor | None:
-        """A selection int32 [T, G, n] to attend with; None: blocks are scored. Here that of a checkpoint's first run, if there is
-        one; subclasses choose in other ways."""
+        """Blocks int32 [T, G, n] to attend to instead of scoring any, or None. Here: during activation recompute, those that the
+        first run chose. A hook for subclasses that choose in other ways."""
         return recall_selection()
 
     @torch.no_grad()
     def _record(self, blocks: torch.Tensor, gates: torch.Tensor, layout: SequenceLayout) -> None:
         remote = remote_blocks(blocks, layout, self.config)
-        # A rank without rows has means of 0, not NaN: they are averaged over ranks.
+        # On a rank without rows the means are 0, not NaN, because they are averaged over ranks later.
         means = gates.float().sum((0, 1)) / max(1, gates.shape[0] * gates.shape[1])
         self.last_metrics = {
             "remote_block_fraction": remote.chosen,
@@ -203,23 +209,26 @@ def full_attention(
     rotary: RotaryConfig | None = None,
     cp_group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
-    """Causal dense attention within each document: K/V gathered from all ranks, PyTorch's SDPA chunk by chunk.
+    """Causal dense attention within each document: K/V gathered from all ranks, PyTorch's SDPA chunk by chunk. Collective.
 
     Args:
-        q: [T, N, Dk], unrotated. k: [T, G, Dk]. v: [T, G, Dv].
+        q: [T, N, Dk], unrotated. k: [T, G, Dk], unrotated. v: [T, G, Dv].
+        layout: the sequence's documents, and which rows this rank holds.
+        rotary: position embedding, or None for none.
+        cp_group: context-parallel process group; None is a single process.
 
     Returns:
         [T, N, Dv] in the dtype of q.
 
     Raises:
-        ValueError: inputs that do not fit together or to the layout.
+        ValueError: inputs that do not fit together or do not fit the layout, or ranks that disagree.
     """
     agreement = _check(("full", rotary), q, k, v, layout, cp_group)
     plan = get_layout_plan(layout, q.device)
     rotate = rotation(rotary, plan.position, q, resolve_backend("auto", q))
     q, k = rotate(q), rotate(k)
     k, v = gather_rows([k, v], plan.row_partition, cp_group)
-    # Split once by document: a slice of the whole for each would make the backward add as many whole gradients.
+    # One split for all documents: in the backward of separate slices each would add a gradient as long as the whole sequence.
     lengths = np.diff(layout.cu_seqlens).tolist()
     k_documents, v_documents = k.split(lengths), v.split(lengths)
     runs = plan.consecutive_runs
@@ -228,7 +237,7 @@ def full_attention(
         for rows, (_, document, seen) in zip(q.split([count for count, _, _ in runs]), runs, strict=True)
     ]
     agreement.confirm()
-    # A rank without rows stays in the graph: its part of the gradients' reduce-scatter must run.
+    # The empty slice of v keeps a rank without rows in the graph: it must take part in the backward's reduce-scatter.
     return torch.cat([*outs, v[:0].repeat_interleave(q.shape[1] // k.shape[1], 1)])
 
 
@@ -244,16 +253,24 @@ def sliding_window_attention(
     cp_group: dist.ProcessGroup | None = None,
     backend: Backend = "auto",
 ) -> torch.Tensor:
-    """Causal attention over the last ``window_size`` tokens of the document, the query's own included, with halo exchange.
+    """Causal attention to the ``window_size`` tokens of the document that end with the query's own. Collective.
+
+    Only the rows just before each of this rank's chunks travel (halo exchange).
 
     Args:
-        q: [T, N, Dk], unrotated. k: [T, G, Dk]. v: [T, G, Dv].
+        q: [T, N, Dk], unrotated. k: [T, G, Dk], unrotated. v: [T, G, Dv].
+        layout: the sequence's documents, and which rows this rank holds.
+        window_size: in tokens, at least 1.
+        rotary: position embedding, or None for none.
+        cp_group: context-parallel process group; None is a single process.
+        backend: as in ``NSAConfig``.
 
     Returns:
         [T, N, Dv] in the dtype of q.
 
     Raises:
-        ValueError: inputs that do not fit together or to the layout, an empty window, or a backend that cannot run here.
+        ValueError: inputs that do not fit together or do not fit the layout, an empty window, a backend that cannot run here,
+            or ranks that disagree.
     """
     if window_size < 1:
         raise ValueError(f"window_size = {window_size} leaves nothing to attend to; use at least 1")
@@ -279,7 +296,7 @@ def _check(
 
 
 def _causal_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """The last len(q) rows of causal attention over k: [rows, N, Dv]."""
+    """Causal attention [rows, N, Dv] of q [rows, N, Dk], whose tokens are the last of those of k [L, G, Dk] and v [L, G, Dv]."""
     repeats = q.shape[1] // k.shape[1]
     # Heads first and a batch of one, as SDPA wants them; K/V heads repeated, which every SDPA backend accepts.
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)))

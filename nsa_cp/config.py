@@ -1,4 +1,4 @@
-"""Settings of Native Sparse Attention, checked when they are made. Standard library only."""
+"""Settings of Native Sparse Attention, validated on construction. Imports the standard library only."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ LayoutKind = Literal["zigzag", "contiguous"]
 CompressedComm = Literal["ring", "all_gather"]
 Backend = Literal["auto", "torch", "triton"]
 
-LARGEST_SIZE = 2**31 - 1  # offsets in tokens are held in 32 bits
-# Smallest values of the sizes.
+LARGEST_SIZE = 2**31 - 1  # kernels hold token offsets as int32
+# Smallest value allowed for each size.
 _LEAST = {
     "compress_block_size": 1,
     "compress_stride": 1,
@@ -29,29 +29,29 @@ _LEAST = {
 
 @dataclass(frozen=True, kw_only=True)
 class NSAConfig:
-    """One layer's Native Sparse Attention (arXiv 2502.11089); lengths are in tokens unless said otherwise.
+    """Settings of Native Sparse Attention (arXiv 2502.11089) for one layer; lengths are in tokens unless said otherwise.
 
     Args:
         compress_block_size: l, tokens summarised by one compressed token.
         compress_stride: d, tokens between the starts of compressed blocks; divides l and l'.
-        select_block_size: l', tokens of one selectable block; at least l.
-        num_selected_blocks: n, blocks a query attends to, the forced ones included.
-        num_init_blocks: forced blocks at the start of the document.
-        num_local_blocks: forced blocks that end with the query's own.
-        window_size: w, keys seen by the window branch, the query's own included; 0 switches the branch off.
+        select_block_size: l', tokens in one selectable block; at least l.
+        num_selected_blocks: n, blocks each query attends to, including the forced ones.
+        num_init_blocks: blocks at the start of the document that every query attends to (forced).
+        num_local_blocks: blocks up to and including the query's own that it always attends to (forced).
+        window_size: w, keys seen by the window branch, including the query's own; 0 switches the branch off.
         compressor: phi of paper eq. 7: ``mlp`` (one hidden layer), ``linear``, or ``mean`` (no parameters).
         shared_kv: one K/V for all three branches instead of three independent ones (paper section 3.3.3).
-        compressed_rope: rotate the compressed key at its first token's position (``after`` compression), or compress
-            rotated keys (``before``).
-        gate: one gate for each query ``head`` and branch, or one for each token and ``branch``.
-        layout: how a sequence is cut over context-parallel ranks.
-        compressed_comm: how compressed keys and values travel: one ``all_gather`` behind the window branch, or a ``ring``
-            that the compressed branch follows shard by shard.
+        compressed_rope: ``after``: compress unrotated keys, then rotate each compressed key at its first token's position;
+            ``before``: compress keys that are already rotated.
+        gate: ``head``: one gate per token, query head and branch; ``branch``: one per token and branch, shared by all heads.
+        layout: how a sequence is split over context-parallel ranks, see ``SequenceLayout.build``.
+        compressed_comm: how compressed keys and values reach every rank: in one ``all_gather``, hidden behind the window
+            branch, or around a ``ring``, the compressed branch attending to each shard as it arrives.
         backend: ``triton`` (CUDA), ``torch`` (anywhere), or ``auto``: Triton where it runs.
 
     Raises:
-        ValueError: a size that is no whole number, or a combination that the method does not define; the message names the
-            numbers and the remedy.
+        ValueError: a size that is not an integer or is out of range, an unknown choice, or a combination that the method does
+            not define; the message gives the numbers and the remedy.
     """
 
     compress_block_size: int = 32
@@ -81,37 +81,38 @@ class NSAConfig:
 
     @property
     def num_branch_kv(self) -> int:
-        """K/V projections a layer needs: one when shared, else one for each of cmp, slc, win."""
+        """Key/value pairs a layer needs: 1 when shared, else 3 (compressed, selected, window)."""
         return 1 if self.shared_kv else 3
 
     @property
     def num_gates(self) -> int:
-        """Branches, in the order compressed, selected, window."""
+        """Gates per token (and head): one per branch, in the order compressed, selected, window."""
         return 3
 
     def num_compressed_tokens(self, length: int) -> int:
-        """Complete compression blocks of a document of ``length`` tokens."""
+        """Number of compressed tokens of a document of ``length`` tokens: only complete compression blocks count."""
         return max(0, (length - self.compress_block_size) // self.compress_stride + 1)
 
     def num_select_blocks(self, length: int) -> int:
-        """Selectable blocks of a document of ``length`` tokens; the last may be partial."""
+        """Number of selectable blocks of a document of ``length`` tokens; the last may be partial."""
         return -(-length // self.select_block_size)
 
     def overlap_weights(self) -> tuple[int, ...]:
         """Weight of compressed tokens ``r*j - (l/d - 1) ... r*j + r - 1`` in the score of block j, with r = l'/d (paper eq. 9).
 
-        A compressed token counts once for each stride-d piece of it that lies in the block: 1, 2, 2, 2, 1 for 32/16/64.
+        A compressed token counts once for each of its l/d pieces of d tokens that lies in the block: for (l, d, l') = (32, 16,
+        64) the weights are 1, 2, 2, 2, 1.
         """
         pieces, per_block = self.compress_block_size // self.compress_stride, self.select_block_size // self.compress_stride
         return tuple(sum(0 <= offset + k < per_block for k in range(pieces)) for offset in range(1 - pieces, per_block))
 
 
 def size_faults(settings: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """What is wrong with the sizes among the fields of :class:`NSAConfig`: name of the field, and its value with the remedy.
+    """Yield ``(field name, message)`` for every invalid size; a message gives the value and the remedy.
 
     Args:
-        settings: whatever has the fields.
-        prefix: written before the fields' names.
+        settings: any object with the size fields of :class:`NSAConfig`.
+        prefix: put before field names, for example ``"nsa."``.
     """
     alone = {name: fault for name, least in _LEAST.items() if (fault := _size_fault(getattr(settings, name), least))}
     yield from ((prefix + name, fault) for name, fault in alone.items())
@@ -134,7 +135,7 @@ def size_faults(settings: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _size_fault(value: Any, least: int) -> str | None:
-    """What is wrong with one size by itself: its value with the remedy."""
+    """Message about a size that is invalid by itself, whatever the other sizes are, or None."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         return f"{value!r} is not a whole number; use an int of at least {least}"
     if value < least:
@@ -147,8 +148,8 @@ class RotaryConfig:
     """Rotary position embedding of queries and keys, in the half-split form (GPT-NeoX, Megatron's default).
 
     Args:
-        base: wavelength base, theta.
-        percent: fraction of the channels that rotate, the first ones; the rest pass through.
+        base: theta; channel pair c of ``dim`` rotated channels turns by ``position * base^(-2c/dim)`` radians.
+        percent: fraction of each head's channels that rotate, counted from the first; the rest pass through.
 
     Raises:
         ValueError: base not positive, or percent outside (0, 1].
@@ -164,7 +165,7 @@ class RotaryConfig:
             raise ValueError(f"rotary percent = {self.percent} must lie in (0, 1]")
 
     def dim(self, qk_dim: int) -> int:
-        """Rotated channels of a head of ``qk_dim``: the largest even number within ``percent`` of them."""
+        """Number of rotated channels in a head of width ``qk_dim``: ``percent`` of it, rounded down to an even number."""
         return int(qk_dim * self.percent) // 2 * 2
 
 

@@ -1,4 +1,4 @@
-"""The oracle: Native Sparse Attention (arXiv 2502.11089) in dense masks, written to be read beside the paper.
+"""The oracle that tests compare with: Native Sparse Attention (arXiv 2502.11089) in dense masks, to be read beside the paper.
 
 Every function takes packed tensors ``[T, heads, D]`` of any floating dtype, computes in that dtype (float64 is the point) and
 is differentiable by plain autograd. ``cu_seqlens`` lists the document bounds ``0, ..., T``; None is one document. Documents
@@ -40,7 +40,7 @@ class ReferenceOutput(NamedTuple):
 
 
 def _documents(cu_seqlens: CuSeqlens, num_tokens: int) -> Bounds:
-    """First and last-plus-one token of every document."""
+    """``(start, end)`` of every document in tokens, end exclusive."""
     bounds = [0, num_tokens] if cu_seqlens is None else [int(bound) for bound in cu_seqlens]
     if not bounds or bounds[0] != 0 or bounds[-1] != num_tokens or bounds != sorted(bounds):
         raise ValueError(f"cu_seqlens = {bounds} must rise from 0 to the {num_tokens} tokens given")
@@ -48,7 +48,7 @@ def _documents(cu_seqlens: CuSeqlens, num_tokens: int) -> Bounds:
 
 
 def _compressed_documents(k_cmp: Tensor, documents: Bounds, config: NSAConfig) -> Bounds:
-    """First and last-plus-one row of k_cmp [C, G, Dk] of every document."""
+    """``(start, end)`` of every document in rows of k_cmp [C, G, Dk], end exclusive."""
     ends = list(accumulate(config.num_compressed_tokens(end - start) for start, end in documents))
     if k_cmp.shape[0] != ends[-1]:
         raise ValueError(

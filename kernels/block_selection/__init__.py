@@ -1,1 +1,1 @@
-"""Importance of key blocks from the compressed scores, and the choice of the best n."""
+"""Block selection: the importance of key blocks from the compressed scores, and the choice of the best n."""

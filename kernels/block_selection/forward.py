@@ -1,6 +1,6 @@
 """Block selection: importance of each block from the compressed scores, then the n best (paper equations 8 to 12).
 
-Queries are taken in chunks, so that the scores of a chunk, float32 [queries, G, blocks], stay within a fixed budget.
+Queries are taken in chunks, so that a chunk's block scores, float32 [queries, G, blocks], stay within a fixed budget.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from ..hopper import on_hopper
 from ..tuning import TileConfig, tile_config
 from .top_blocks import ROW_MULTIPLE, top_blocks
 
-# Bytes of scores held at once. At 64k tokens of 64 heads the outputs that are not there yet will need twice as much; with few
-# heads, or on one of many ranks, these bytes may add to the peak.
+# Bytes of scores held at once. At 64k tokens of 64 heads the outputs allocated later need twice as much, so the peak does not
+# grow; with few heads, or on one of many ranks, it may.
 SCORE_BYTES = 512 << 20
 
 
@@ -175,21 +175,21 @@ def select_blocks_forward(
     Args:
         q: [T, N, Dk]; query head h belongs to group h // (N / G). float16, bfloat16 or float32; any strides.
         k_cmp: [C, G, Dk], compressed keys.
-        lse: float32 [T, N], natural log-sum-exp of the compressed branch over all that the query sees.
+        lse: float32 [T, N], natural log-sum-exp of the compressed branch over all compressed tokens that the query sees.
         cmp_begin: int32 [T], row of ``k_cmp`` at which the query's document starts.
         cmp_end: int32 [T], one past the last row that the query sees.
         position: int32 [T], position of each query in its document.
         compress_block_size: l. compress_stride: d. select_block_size: l'. All in tokens.
         num_selected_blocks: n. num_init_blocks, num_local_blocks: forced blocks, counted in n.
         scale: factor of the scores, as in the compressed branch.
-        max_blocks: at least the blocks that any query sees, ``position // l' + 1``.
+        max_blocks: upper bound of the blocks that any query sees, ``position // l' + 1``.
         config: tile shape instead of the table's.
-        score_bytes: budget of the scores held at once.
-        bulk: fetch keys by the copy engine, instead of where it can.
-        hopper: let ``hopper.py`` score where it can, unless ``config`` or ``bulk`` is given.
+        score_bytes: budget in bytes of the scores held at once.
+        bulk: whether to fetch keys by the copy engine; None: where it can.
+        hopper: let ``hopper.py`` compute the scores where it can, unless ``config`` or ``bulk`` is given.
 
     Returns:
-        int32 [T, G, n], block numbers within the query's document, ascending, padded with -1.
+        int32 [T, G, n], block indices within the query's document, ascending, padded with -1.
 
     Raises:
         ValueError: the heads do not divide over the groups, or d does not divide l and l'.
@@ -226,8 +226,8 @@ def select_blocks_forward(
 
 
 def chunk_tokens(tokens: int, most: int, steps: Sequence[int]) -> int:
-    """Queries of a chunk: at most ``most``, a multiple of the first of ``steps`` that ``most`` holds (of the last one, if of
-    none), and no more than deal the tokens evenly."""
+    """Number of queries in a chunk: a multiple of the first of ``steps`` that is not above ``most`` (else of the last one), at
+    most ``most`` if possible, and such that the tokens divide evenly into chunks."""
     step = next((step for step in steps if step <= most), steps[-1])
     most = max(step, most // step * step)
     even = triton.cdiv(tokens, triton.cdiv(tokens, most))
@@ -235,7 +235,8 @@ def chunk_tokens(tokens: int, most: int, steps: Sequence[int]) -> int:
 
 
 class _TritonScores:
-    """Scores of some of the queries; arguments as in :func:`select_blocks_forward`, ``ranges`` cmp_begin, cmp_end, position."""
+    """Computes block scores, for any range of queries. Arguments as in :func:`select_blocks_forward`; ``ranges`` are cmp_begin,
+    cmp_end and position. ``steps``: numbers of queries of which chunks should be multiples, the best first."""
 
     def __init__(
         self,
@@ -259,7 +260,7 @@ class _TritonScores:
         padded = triton.next_power_of_2(per_block)
         head, tail = split_width(width)
         blocks_at_once = max(1, config.keys // padded)
-        # Blocks whose compressed tokens are a power of two stand in a tile as they stand in memory.
+        # If a block has a power of two of compressed tokens, these are laid out in a tile as in memory.
         bulk = padded == per_block and (copies_in_bulk(k_cmp) if bulk is None else bulk)
         self.tokens, self.scale_log2 = config.tokens(padded_heads), scale * LOG2_E.value
         self.steps = (self.tokens,)
@@ -273,7 +274,7 @@ class _TritonScores:
         )  # fmt: skip
 
     def write(self, scores: torch.Tensor, first: int, last: int) -> None:
-        """Those of queries ``first .. last`` to ``scores`` [last - first, G, blocks] or longer."""
+        """Write the scores of queries ``first .. last`` to ``scores`` [last - first or more, G, blocks or more]."""
         block_scores_kernel[(triton.cdiv(last - first, self.tokens) * self.groups,)](
             *self.tensors, scores, *self.strides, first, last, scores.shape[2], self.scale_log2, **self.settings
         )

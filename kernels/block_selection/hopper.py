@@ -1,4 +1,4 @@
-"""Scores of block selection for Hopper: sum over heads of exp2(q K_cmp^T - lse), weighted into blocks.
+"""Block scores for Hopper: the sum over heads of exp2(q K_cmp^T - lse), weighted by the overlap with blocks (paper eq. 8 to 10).
 
 One warp fetches key tiles (64 compressed tokens) into a ring, see ``kernels/hopper.py``; each warp group holds 128 query rows
 (tokens x heads) of its own and walks all tiles, so that the product of one runs beside the exponentials of the others. Scores are
@@ -363,9 +363,9 @@ def block_scores_hopper_kernel(
 
 
 def takes(q: torch.Tensor, k_cmp: torch.Tensor, blocks_of: int) -> bool:
-    """Whether :class:`BlockScores` is for these: widths of 64, 128 or 192, 4 to 128 heads a group (with fewer there is little to
-    sum, and registers do not hold the scores), keys that the copy engine can fetch, blocks of a power of two, at most 64, of
-    compressed tokens (``blocks_of``)."""
+    """Whether :class:`BlockScores` can take these: widths of 64, 128 or 192, 4 to 128 heads a group (with fewer there is little
+    to sum, and registers do not hold the scores), keys that the copy engine can fetch, and blocks of ``blocks_of`` compressed
+    tokens, a power of two of at most 64."""
     heads = q.shape[1] // k_cmp.shape[1]
     return (
         q.shape[2] in (64, 128, 192)
@@ -378,7 +378,8 @@ def takes(q: torch.Tensor, k_cmp: torch.Tensor, blocks_of: int) -> bool:
 
 
 class BlockScores:
-    """Scores of some of the queries, for tensors of which :func:`takes` is true; arguments as in ``forward.py``."""
+    """Computes block scores, for any range of queries, of tensors for which :func:`takes` is true; arguments and ``steps`` as of
+    ``_TritonScores`` in ``forward.py``."""
 
     def __init__(
         self,
@@ -406,7 +407,7 @@ class BlockScores:
         k_tiles = (tiles(k_cmp, (KEYS.value, 1, part)) for part in (head, tail or head))
         self.tensors = (q, *q_tiles, *k_tiles, lse, *ranges)
         self.q_strides, self.tokens, self.programs = q.stride()[:2], group_tokens * warp_groups, multiprocessors(q.device)
-        # So many tokens at a time keep all programs equally busy.
+        # Multiples of the first number of tokens keep all programs equally busy.
         self.steps = (self.tokens * (self.programs // math.gcd(self.programs, self.groups)), self.tokens)
         self.settings = dict(
             HEADS=heads, PADDED_HEADS=padded_heads, TOKENS=self.tokens, GROUP_TOKENS=group_tokens,
@@ -418,7 +419,7 @@ class BlockScores:
         )  # fmt: skip
 
     def write(self, scores: torch.Tensor, first: int, last: int) -> None:
-        """Those of queries ``first .. last`` to ``scores`` [last - first, G, blocks] or longer."""
+        """Write the scores of queries ``first .. last`` to ``scores`` [last - first or more, G, blocks or more]."""
         items = triton.cdiv(last - first, self.tokens) * self.groups
         block_scores_hopper_kernel[(min(items, self.programs),)](
             *self.tensors, scores, *self.q_strides, first, last, scores.shape[2], self.groups, self.scale_log2, **self.settings

@@ -1,10 +1,10 @@
 """The n best blocks of every query and group, from their scores (paper equations 11 and 12).
 
-Scores are not negative, so their bit patterns order like integers (without the sign, which a NaN or a zero may have). The
-threshold, the n-th largest, is found by halving an interval of patterns, on what fits in registers: the largest of each of
-``WIDTH`` classes, the blocks whose numbers differ by multiples of ``WIDTH``. Long rows are read once for that and once more to
-see whether the threshold is also that of all their blocks. It is unless two of the best are in one class; then the interval is
-halved on from there, on the row itself.
+Scores are not negative, so their bit patterns compare like integers (without the sign bit, which a NaN or a zero may have). The
+threshold, the n-th largest pattern, is found by bisection on data that fits in registers: blocks fall into ``WIDTH`` classes by
+index modulo ``WIDTH``, and only each class's largest score is kept. Long rows are read once for that, and once more to check
+whether the threshold also holds for all blocks. It does unless two of the best are in one class; then bisection goes on from
+there, on the row itself.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import triton.language as tl
 
 from ..common import INT_MAX
 
-# Classes of blocks and warps of a program for rows of at most so many blocks, measured on an H200 (docs/kernels.md).
+# By the largest number of blocks in a row: (classes, warps of a program), measured on an H200 (docs/kernels.md).
 _SHAPES = {1024: (256, 1), 4096: (512, 1), 8192: (1024, 2)}
 _LONGEST_SHAPE = 2048, 4
-# Lengths of rows are multiples of it: a load takes as many scores.
+# Row lengths must be multiples of this: a load takes so many scores.
 ROW_MULTIPLE = tl.constexpr(4)
 
 
@@ -120,15 +120,15 @@ def top_blocks(
     *,
     width: int | None = None,
 ) -> None:
-    """Write the choice of the queries ``first .. last``.
+    """Write the chosen blocks of the queries ``first .. last`` to ``chosen``.
 
     Args:
-        scores: float32 [>= last - first, G, R], not negative; R is a multiple of ``ROW_MULTIPLE``. Of a row only the blocks that
-            its query sees, ``position // l' + 1``, count, and of these not the forced ones.
+        scores: float32 [last - first or more, G, R], not negative; R is a multiple of ``ROW_MULTIPLE``. Row 0 is query ``first``.
+            Of a row only the ``position // l' + 1`` blocks that its query sees are read, and the forced ones' scores are ignored.
         position: int32 [T], position of each query in its document.
-        chosen: int32 [T, G, n], to be written: block numbers ascending, padded with -1.
-        select_block_size: l', in tokens. num_init_blocks, num_local_blocks: forced blocks, at most n.
-        width: classes of blocks, a power of two of at least n, instead of what the table says.
+        chosen: int32 [T, G, n], written: block indices ascending, padded with -1.
+        select_block_size: l', in tokens. num_init_blocks, num_local_blocks: forced blocks, together at most n.
+        width: number of classes, a power of two of at least n, instead of the table's.
     """
     groups, row = scores.shape[1:]
     picks = chosen.shape[2]

@@ -1,7 +1,7 @@
 """Compression, backward: gradients of the rows and of the compressor's weights, without atomics.
 
-A row lies in up to l/d blocks. Seen from the last block that starts at or before it, the others start d, 2d, ... rows earlier,
-so each program gathers the contributions to its rows; the last blocks of a document also own the rows up to their end.
+A row lies in up to l/d blocks: the last one that starts at or before it, and others that start d, 2d, ... rows earlier. Each
+program gathers all contributions to the rows it owns; the last blocks of a document also own the rows up to their end.
 """
 
 from __future__ import annotations
@@ -184,11 +184,11 @@ def activation_gradient_kernel(
 def _activation_gradient(
     hidden: torch.Tensor, weight: torch.Tensor, dy: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradient of ``hidden`` [C, G, F] in ``silu(hidden) @ weight``, and float32 parts [P, G, F] of its sum over the blocks.
+    """Gradient of ``hidden`` [C, G, F] in ``silu(hidden) @ weight``, and float32 partial sums [P, G, F] of it over the blocks.
 
     Args:
         hidden: float32. weight: [G, F, D]. dy: [C, G, D], contiguous.
-        dtype: of the gradient. The sum is of what it was before its rounding.
+        dtype: of the gradient; it is summed before it is rounded to this.
     """
     blocks, groups, width = hidden.shape
     tiles = triton.cdiv(blocks, TILE_BLOCKS)
@@ -206,19 +206,20 @@ def _weight_gradient(
     x: torch.Tensor, starts: torch.Tensor, dh: torch.Tensor, weight: torch.Tensor,
     first: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """Gradients of the weights of one product, in their dtypes: position's [G, l, D] in the first, weight's [G, l*D, F].
+    """Gradients of the weights of one matrix product, in their dtypes: in the first product (``first`` given) those of position
+    [G, l, D] and weight [G, l*D, F], in the second that of weight alone.
 
     Args:
-        x: [M, G, D], whose blocks of l rows from ``starts`` on are multiplied; in the second, ``silu`` of its rows.
-        dh: [C, G, F], gradient of the product, contiguous.
-        first: position and float32 parts [P, G, F] of the sum of dh over the blocks; None in the second product.
+        x: [M, G, D], the input: in the first product its blocks of l rows from ``starts`` on, in the second ``silu`` of its rows.
+        dh: [C, G, F], gradient of the product's result, contiguous.
+        first: position, and float32 partial sums [P, G, F] of dh over the blocks; None for the second product.
     """
     groups, total, out_width = weight.shape
     dweight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device)
-    # The kernel never touches the pointers of what is absent.
+    # What is absent is passed as a placeholder that the kernel never touches.
     position, parts = (dweight, dweight) if first is None else first
     dposition = torch.empty(position.shape, dtype=position.dtype, device=x.device) if first is not None else dweight
-    # The second weight is so small that with whole tiles most processors would have none.
+    # Smaller tiles for the second weight, which is so small that with whole ones most multiprocessors would have nothing to do.
     tile_sum, tile_out = (TILE_SUM, TILE_OUT) if first is not None else (TILE_SUM // 2, TILE_OUT // 2)
     programs = groups * triton.cdiv(total, tile_sum) * triton.cdiv(out_width, tile_out)
     block_weight_gradient_kernel[(programs,)](
@@ -239,11 +240,11 @@ def _row_gradient(
 
     Args:
         mean: dy [C, G, D], gradient of the block means.
-        product: dh [C, G, F], gradient of the products of the flattened blocks, and their weight [G, l*D, F], of one dtype.
+        product: dh [C, G, F], gradient of the flattened blocks' products, and their weight [G, l*D, F], both of one dtype.
     """
     groups, width = x.shape[1:]
     dx = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-    # The kernel never reads the pointers of what is absent.
+    # What is absent is passed as a placeholder that the kernel never reads.
     dh, weight = (mean, mean) if product is None else product
     dy = dh if mean is None else mean
     tiles = triton.cdiv(starts.shape[0], TILE_BLOCKS) * triton.cdiv(width, TILE_OUT)
@@ -269,15 +270,15 @@ def compress_backward(
 
     Args:
         x, weights, block_size: as in the forward.
-        starts: int32 [C], ascending; two blocks that share rows start a multiple of ``stride`` apart, with every block in
-            between present.
+        starts: int32 [C], ascending; of two blocks that share rows, starts differ by a multiple of ``stride``, and all blocks in
+            between must be present.
         stride: d, divides l.
-        hidden: second value of the forward.
+        hidden: the second value that the forward returned.
         dy: [C, G, D], gradient of the compressed tokens; any floating dtype.
 
     Returns:
-        ``dx`` [M, G, D], 0 in rows of no block, and the weights' gradients, in their order: sums in float32, rounded once to
-        the dtype of what they are the gradient of.
+        ``dx`` [M, G, D], 0 in rows of no block, and the weights' gradients, in their order. All are summed in float32 and rounded
+        once, to the dtype of what they are the gradient of.
 
     Raises:
         ValueError: weights that do not fit, or a stride that does not divide the block size.

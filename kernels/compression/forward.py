@@ -1,11 +1,11 @@
 """Compression, forward: phi of l adjacent tokens every d tokens (paper section 3.3.1, equation 7).
 
-The blocks overlap, so they are never laid out: the product of a flattened block with its weights walks the l * D channels
-in steps and reads each block's rows where they are. The position encoding adds a constant to that product.
+The blocks overlap, so they are never copied out: the product of a flattened block with its weights walks the l * D channels
+in steps and reads each block's rows in place. The position encoding adds a constant to that product.
 
-All products of compressed tokens are taken here, none by a library that picks its kernel by the number of rows: a compressed
-token has the same bits on every rank and in every split of the sequence, and with it the choice of blocks. (Where a rank's chunk
-is shorter than l, ``nsa_cp.ops`` takes the torch path, which promises this only up to rounding.)
+All products for compressed tokens are computed here and not by a library that picks its kernel by the number of rows. So a
+compressed token has the same bits on every rank and in every split of the sequence, and blocks are chosen alike. (Where another
+rank's chunk is shorter than l, ``nsa_cp.ops`` takes the torch path, which promises this only up to rounding.)
 """
 
 from __future__ import annotations
@@ -151,20 +151,21 @@ def block_product(
     activated: torch.Tensor | None = None,
     mean_of: tuple[torch.Tensor, int] | None = None,
 ) -> None:
-    """``flatten(x[starts[c] : starts[c] + l] + position) @ weight``, or one row's product plus the mean of a block's rows.
+    """Write ``flatten(x[starts[c] : starts[c] + l] + position) @ weight`` to ``out``, or with ``mean_of`` the second layer of
+    ``mlp``: ``x[c] @ weight`` plus the mean of a block's rows.
 
     Args:
         x: [M, G, D]; with ``mean_of``, [C, G, D].
-        starts: int32 [C].
+        starts: int32 [C], first row of each block.
         weight: [G, l*D, F]; with ``mean_of``, [G, D, F].
-        out: [C, G, F], contiguous, to which the result is written.
-        position: [G, l, D], where there is no ``mean_of``.
-        activated: [C, G, F] in the dtype of x, to which silu of the result is written; None for nothing.
-        mean_of: rows [M, G, F] and l: row c of x is multiplied, and the mean of ``rows[starts[c] : starts[c] + l]`` added.
+        out: [C, G, F], contiguous.
+        position: [G, l, D]; None with ``mean_of``.
+        activated: [C, G, F] in the dtype of x, to which silu of the result is written, or None.
+        mean_of: (rows [M, G, F], l): the mean of ``rows[starts[c] : starts[c] + l]`` is added to row c.
     """
     blocks, groups, out_width = out.shape
     rows, length = (x, 1) if mean_of is None else mean_of
-    # Pointers that are not read or written need only be of some tensor.
+    # Pointers that the kernel does not use may be those of any tensor.
     bias = out if position is None else position_bias(position, weight)
     programs = triton.cdiv(blocks, TILE_BLOCKS) * groups * triton.cdiv(out_width, TILE_OUT)
     block_product_kernel[(programs,)](
@@ -196,14 +197,14 @@ def compress_forward(
 
     Args:
         x: [M, G, D], float16, bfloat16 or float32; any strides.
-        starts: int32 [C], rows of x.
+        starts: int32 [C], first row of each block.
         weights: ``()``, ``(position [G, l, D], weight [G, l*D, D])`` or ``(position, w1 [G, l*D, F], w2 [G, F, D])``; products
             are taken in the dtype of x with float32 sums.
         block_size: l, tokens of a block.
 
     Returns:
-        ``out`` [C, G, D] in the dtype of x, and what the backward of ``mlp`` needs: float32 [C, G, F], the hidden layer before
-        its activation (None for the others). Rotary embedding is the caller's.
+        ``out`` [C, G, D] in the dtype of x, not rotated; and for ``mlp`` what its backward needs: the hidden layer before its
+        activation, float32 [C, G, F] (None for the others).
 
     Raises:
         ValueError: weights that do not fit.

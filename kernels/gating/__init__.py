@@ -1,1 +1,1 @@
-"""The gated sum of the branches and the row sums its backward starts from."""
+"""The gated sum of the branches, and the per-row statistics from which the branches' backward starts."""

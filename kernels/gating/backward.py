@@ -64,7 +64,7 @@ def combine_backward_kernel(
 def combine_backward(
     do: torch.Tensor, outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor], gates: torch.Tensor
 ) -> torch.Tensor:
-    """What the branches' backward passes start from.
+    """The per-row statistics from which the branches' backward passes start (see ``nsa_cp.ops.gating.BranchStatistics``).
 
     Args:
         do: [T, N, Dv], gradient of the gated sum; any strides.
@@ -72,8 +72,8 @@ def combine_backward(
         lses: float32 [T, N] for each branch, the log-sum-exp that belongs to its output.
 
     Returns:
-        float32 [2, branches, T, N]: ``shift = lse - log(gate)``, +inf where a row saw nothing or its gate is 0, then
-        ``delta = sum(do * out)``, which is the gradient of the row's gate as well.
+        float32 [2, branches, T, N]: ``shift = lse - log(gate)``, +inf where a row saw nothing or its gate is 0; then
+        ``delta = sum(do * out)``, which is also the gradient of the row's gate.
 
     Raises:
         ValueError: shapes that do not fit.

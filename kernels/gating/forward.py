@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ..common import channels_last
 
-# Elements of one branch that a program handles.
+# Elements of each branch's output that a program handles.
 _TILE_ELEMENTS = 4096
 
 
@@ -68,7 +68,7 @@ def check_branches(outs: Sequence[torch.Tensor], gates: torch.Tensor) -> None:
 
 
 def rows_at_once(width: int) -> tuple[int, int]:
-    """Rows and padded columns of a program's tile."""
+    """Rows, and columns padded to a power of two, of a program's tile."""
     padded = triton.next_power_of_2(width)
     return max(1, _TILE_ELEMENTS // padded), padded
 

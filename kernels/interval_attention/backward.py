@@ -1,7 +1,7 @@
-"""Interval attention, backward: dq by query-stationary tiles, dk and dv by key-stationary ones; no atomics.
+"""Interval attention, backward: dq by tiles of queries that walk keys, dk and dv by tiles of keys that walk queries; no atomics.
 
-With s the scores, g the row's gate and do the upstream gradient, the branch's own upstream gradient is g * do, which is never
-formed: p = exp(scale s - shift) with shift = lse - log g is g times the softmax, so that with delta = sum(do * o), ungated,
+With scores s = q k^T, gate g of a row and gradient do of the gated sum, the branch's upstream gradient would be g * do, which is
+never formed: p = exp(scale s - shift) with shift = lse - log g is g times the softmax. So with delta = sum(do * o), not gated,
 dv = p^T do, ds = p (do v^T - delta), dq = scale ds k, dk = scale ds^T q.
 """
 
@@ -34,11 +34,11 @@ from ..hopper import on_hopper
 from ..tuning import TileConfig, tile_config
 from .forward import key_ranges
 
-# Programs that keep a large GPU busy; with fewer key tiles than this the query range of each is split.
+# Programs that keep a large GPU busy; with fewer key tiles than this the queries of each key tile are split over programs.
 _WANTED_PROGRAMS = 1024
 _MOST_SPLITS = 16
 # Query rows that matrix units add up before the sum goes to memory. They round toward zero at every step: a sum of equal terms
-# loses 6.4e-9 of itself a row (measured on an H100), 0.04% over this many, 5% over the 8 million of 16 heads at 512k tokens.
+# loses 6.4e-9 of itself a row (measured on an H100), 0.04% over this many, 5% over the 8 million rows of 16 heads at 512k tokens.
 ROWS_A_SUM = 1 << 16
 
 
@@ -350,13 +350,13 @@ def interval_attention_backward(
     Args:
         q, k, v, begin, end, scale: as in the forward.
         do: [T, N, Dv], upstream gradient without the gate.
-        shift: float32 [T, N], the forward's lse (or one over more keys than these, a ring's shards) minus the logarithm of
+        shift: float32 [T, N], the lse (over all keys of the row, even if these are only a ring's shard) minus the logarithm of
             the row's gate; +inf gives a row no gradient.
-        delta: float32 [T, N], ``sum(do * out)`` with the output that belongs to the lse.
+        delta: float32 [T, N], ``sum(do * out)`` with the output that belongs to that lse.
         q_begin, q_end: int32 [M], the query rows that see each key, half open: the inverse of ``begin`` and ``end``.
         dq_config, dkv_config: tile shapes instead of the table's.
-        splits: shares each key tile's queries are cut into, instead of the number that fills a GPU.
-        bulk: fetch tiles by the copy engine, instead of where it can.
+        splits: number of parts that each key tile's queries are cut into, instead of as many as fill a GPU.
+        bulk: whether to fetch tiles by the copy engine; None: where it can.
 
     Returns:
         ``dq`` [T, N, Dk], ``dk`` [M, G, Dk], ``dv`` [M, G, Dv], float32. The same inputs give the same bits.
@@ -424,7 +424,7 @@ def interval_attention_backward_dkv(
     q, k, v, do = channels_last(q), channels_last(k), channels_last(v), channels_last(do)
     config = config or tile_config("interval_dkv", q.dtype, q.device, heads, max(dk_width, dv_width))
     tile_tokens = config.tokens(heads)
-    # A tile fetched in bulk has exactly the rows of its tokens' heads.
+    # A tile fetched by the copy engine has no room for rows beyond its tokens' heads.
     whole = tile_tokens * heads == config.rows
     bulk = whole and (copies_in_bulk(q, do) if bulk is None else bulk)
     dk_split, dv_split = split_width(dk_width), split_width(dv_width)
@@ -444,5 +444,5 @@ def interval_attention_backward_dkv(
 
 
 def query_splits(programs: int) -> int:
-    """Shares each key tile's queries are cut into, so that ``programs`` key tiles and groups fill a GPU."""
+    """Number of parts to cut each key tile's queries into, so that ``programs`` (key tiles times groups) fill a GPU."""
     return max(1, min(_MOST_SPLITS, _WANTED_PROGRAMS // programs))

@@ -1,6 +1,6 @@
-"""Interval attention, forward: query-stationary tiles, online softmax in base 2 (paper sections 3.3.1 and 3.3.3).
+"""Interval attention (a query sees one range of keys), forward: query tiles with online softmax in base 2 (paper 3.3.1, 3.3.3).
 
-A tile walks the key rows that any of its rows sees, in key tiles cut at multiples of their size, so that a row's result does
+A query tile walks the keys that any of its rows sees, in key tiles cut at multiples of their size, so that a row's result does
 not depend on its neighbours in the tile. Key tiles that all rows see whole need no mask; those at the borders get one.
 """
 
@@ -192,12 +192,12 @@ def interval_attention_forward(
         q: [T, N, Dk]; query head h reads K/V group h // (N / G). float16, bfloat16 or float32; any strides.
         k: [M, G, Dk]. v: [M, G, Dv].
         begin, end: int32 [T], query row t sees key rows ``begin[t] .. end[t]``, half open, none if ``begin[t] >= end[t]``.
-            Any values within 0 .. M are right; ranges of neighbouring rows that overlap are fast.
+            Any values within 0 .. M are allowed; it is fast if ranges of neighbouring rows overlap.
         scale: positive factor of the scores.
-        span: at most so many keys are seen by a query: short ranges take smaller tiles. Only a hint, but one that must not
-            differ between ranks, since results depend on the tile shape in their last bits.
+        span: upper bound of the keys that a query sees; short ranges take smaller tiles. Only a hint, but it must be equal on all
+            ranks, because results depend on the tile shape in their last bits.
         config: tile shape instead of the table's.
-        bulk: fetch keys and values by the copy engine, instead of where it can.
+        bulk: whether to fetch keys and values by the copy engine; None: where it can.
         hopper: let ``hopper_forward.py`` do it where it can and ranges are not short, unless ``config`` or ``bulk`` is given.
 
     Returns:
@@ -237,16 +237,16 @@ def interval_attention_forward(
 def interval_lse(
     q: torch.Tensor, k: torch.Tensor, begin: torch.Tensor, end: torch.Tensor, scale: float, dv: int, *, span: int = 1 << 30
 ) -> torch.Tensor:
-    """The lse of :func:`interval_attention_forward` for values of ``dv`` channels, bit for bit, without them: [T, N].
+    """The lse [T, N] of :func:`interval_attention_forward` without the values, bit for bit as with values of ``dv`` channels.
 
-    Keys stand in for values, as few channels of them as the kernel takes, so that the second product is cheap.
+    A few channels of the keys stand in for the values, as few as the kernel takes, so that the second product is cheap.
     """
     if span > SHORT_SPAN and on_hopper(q.device):
         from . import hopper_forward
 
         if hopper_forward.suits(q.shape[2], dv) and hopper_forward.takes(q, k, k[..., :64]):
             return interval_attention_forward(q, k, k[..., :64], begin, end, scale, span=span)[1]
-    # Rows and warps of a tile decide in what order a row is summed: the tile shape is that of the real values.
+    # The tile shape decides in what order a row is summed, so it must be the one for the real values.
     heads = check_heads(q.shape[1], k.shape[1])
     config = tile_config(_stage(span), q.dtype, q.device, heads, max(q.shape[2], dv))
     return interval_attention_forward(q, k, k[..., :16], begin, end, scale, config=config)[1]

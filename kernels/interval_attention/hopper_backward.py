@@ -1,6 +1,6 @@
 """Interval attention, dk and dv, for Hopper: products run while the exponentials are taken.
 
-One program: 128 keys of one group, a share of the queries. Two warp groups own 64 keys each and never wait for each other; one
+One program: 128 keys of one group and a part of the queries. Two warp groups own 64 keys each and never wait for each other; one
 more warp fetches q, do and the row statistics into a ring of STAGES slots, see ``kernels/hopper.py``.
 
 Order within a warp group, for tile j (all products asynchronous, finished in the order of issue):
@@ -281,8 +281,8 @@ def _tile(dk_width: int) -> tuple[int, int]:
 
 
 def takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, do: torch.Tensor) -> bool:
-    """Whether :func:`interval_attention_backward_dkv` is for these: widths of 64 or 128 (also 192 of q and k), a power of two of
-    at most 64 heads a group (32 where the width is 192), tensors that the copy engine can fetch."""
+    """Whether :func:`interval_attention_backward_dkv` can take these: widths of 64 or 128 (of q and k also 192), heads a group
+    that are a power of two of at most 64 (32 where the width is 192), tensors that the copy engine can fetch."""
     return (
         k.shape[2] in (64, 128, 192)
         and v.shape[2] in (64, 128)
@@ -293,11 +293,11 @@ def takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, do: torch.Tensor) -
 
 
 def group_by_group(x: torch.Tensor, groups: int, group_rows: int) -> torch.Tensor:
-    """Row statistics [T, N] as a flat line: the rows of a group, token after token, at every ``group_rows``.
+    """Row statistics [T, N] as a flat tensor in which each group's rows, token after token, take ``group_rows`` elements.
 
-    Those are whole tiles, because the copy engine faults on lines that begin off 16 bytes. What fills the last tile is 0: p is
-    masked there, but ds = 0 x (dp - delta) needs a finite delta. One group that begins at 16 bytes is returned as it lies, T N
-    long: past its end the copy engine reads zeros.
+    That is a multiple of whole tiles, because the copy engine faults on starts that are not 16-byte aligned. The last tile is
+    filled with 0: p is masked there, but ds = 0 x (dp - delta) needs a finite delta. A single aligned group is returned without a
+    copy and of length T * N, since the copy engine reads zeros past its end.
     """
     if groups == 1 and x.is_contiguous() and x.data_ptr() % 16 == 0:
         return x.view(-1)
@@ -322,7 +322,7 @@ def interval_attention_backward_dkv(
     splits: int | None = None,
     rows_a_sum: int = ROWS_A_SUM,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As the Triton twin in ``backward.py``, for tensors of which :func:`takes` is true."""
+    """As the Triton twin in ``backward.py``, for tensors for which :func:`takes` is true."""
     (tokens, num_heads, dk_width), (num_keys, groups, dv_width) = q.shape, v.shape
     heads = num_heads // groups
     head, tail = split_width(dk_width)

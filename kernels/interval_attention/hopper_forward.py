@@ -1,6 +1,6 @@
-"""Interval attention, forward, for Hopper: the product with V of one tile, and of Q and K of the next, run beside the softmax.
+"""Interval attention, forward, for Hopper: the softmax of a key tile runs beside the product with V of the tile before.
 
-A program takes query tiles of two warp groups' 64 rows each, one after the other. For key tile j (the n-th of the program; see
+A program takes query tiles, 64 rows for each of its two warp groups, one after the other. For key tile j (the program's n-th; see
 ``kernels/hopper.py`` for the rings) each warp group does:
 
     wait for K_j and V_{j-1}, fetched in this order
@@ -370,21 +370,21 @@ def interval_attention_forward_hopper_kernel(
 
 
 def takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether :func:`interval_attention_forward` is for these: widths of 64 or 128 (also 192 of q and k), at most 128 heads a
+    """Whether :func:`interval_attention_forward` can take these: widths of 64 or 128 (of q and k also 192), at most 128 heads a
     group, keys and values that the copy engine can fetch."""
     heads = q.shape[1] // k.shape[1]
     return suits(q.shape[2], v.shape[2]) and heads <= CONSUMERS.value * GROUP_ROWS.value and fetchable(k, v) and q.stride(-1) == 1
 
 
 def suits(dk: int, dv: int) -> bool:
-    """Whether these head widths are among those of the kernel."""
+    """Whether the kernel supports these head widths."""
     return dk in (64, 128, 192) and dv in (64, 128)
 
 
 def interval_attention_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, begin: torch.Tensor, end: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As the Triton twin in ``forward.py``, for tensors of which :func:`takes` is true."""
+    """As the Triton twin in ``forward.py``, for tensors for which :func:`takes` is true."""
     (tokens, num_heads, dk), (_, groups, dv) = q.shape, v.shape
     heads = num_heads // groups
     out = torch.empty(tokens, num_heads, dv, dtype=q.dtype, device=q.device)
@@ -392,7 +392,7 @@ def interval_attention_forward(
     if tokens == 0:
         return out, lse
     head, tail = split_width(dk)
-    # Independent of Dv, so that the lse is too.
+    # Independent of Dv, so that the lse is, too (see ``interval_lse``).
     keys = 128
     stages = max(2, min(4, _RING_BYTES // (keys * (dk + dv) * q.itemsize)))
     tile_tokens = CONSUMERS.value * GROUP_ROWS.value // heads

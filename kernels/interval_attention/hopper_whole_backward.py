@@ -1,22 +1,22 @@
-"""Interval attention, dq, dk and dv together, for Hopper: 5 products a tile, where dk/dv and dq apart take 4 and 3.
+"""Interval attention, fused backward (dq, dk and dv in one kernel) for Hopper: 5 products a tile; separate kernels take 4 + 3.
 
 One program: 128 keys of one group against one chunk of the query tiles (64 rows each). Two warp groups own 64 keys each; one warp
 fetches q, do and the row statistics into a ring, see ``kernels/hopper.py``. Beside dk and dv a program adds dq = dS^T K of every
-tile to a float32 buffer in memory: both warp groups leave dS in shared memory, [2 x 64 keys, 64 rows], and each makes dq for half
-of the columns.
+query tile to a float32 buffer in memory: both warp groups leave dS in shared memory, [2 x 64 keys, 64 rows], and each computes dq
+for half of the columns.
 
-The buffer is [G, tiles, 16, 128, 4]: the registers of a warp group that holds a tile [64, 128]. Quad b of thread i has of the
-columns 8 b + 2 (i % 4) .. + 1 the rows 16 (i // 32) + i % 32 // 4 and 8 more, so that the additions of a warp cover 512 bytes in
-a row. It is without the factor scale. ``query_gradients/hopper.py`` starts from it as it lies.
+The buffer is [G, tiles, 16, 128, 4], in the order of a warp group's registers for a tile [64, 128]: quad b of thread i holds the
+columns 8 b + 2 (i % 4) and the next one, of the rows 16 (i // 32) + i % 32 // 4 and 8 rows further, so that the additions of a
+warp cover 512 adjacent bytes. It lacks the factor scale. ``query_gradients/hopper.py`` starts from it in this layout.
 
-Order of the additions, for the same bits every time. Later key tiles first: they begin at later queries, so they are ahead of
-the others at every tile both meet. With first[j] and last[j] (tiles) ascending in the key tile j, the key tiles that meet query
-tile t are consecutive, j = .. last_of[t]. counter[group, t] starts as last_of[t]; program j adds while it is j, then sets j - 1.
-Programs are numbered in that order, chunk by chunk, and wait for none with a higher number. They draw their numbers as they
-start, since CUDA does not promise that blocks start in the order of theirs. Two more warps do the waiting: the usher reads the
-counters of the tiles to come and lets the warp groups in (``turn``); the releaser waits for both to have added (``added``), then
-sets the counter. dk and dv are added to memory at the end of a chunk, in the order of the chunks: flag[group,
-j, warp group] says whose turn it is.
+Additions have a fixed order, for the same bits every time: later key tiles first. They begin at later queries, so they are ahead
+of the others at every query tile both meet. With first[j] and last[j] (query tiles) ascending in key tile j, the key tiles that
+meet query tile t are consecutive, ending with last_of[t]. counter[group, t] starts as last_of[t]; program j may add while it is
+j, then sets it to j - 1. Programs are numbered in this order, chunk by chunk, and wait for none with a higher number. They draw
+their numbers as they start, since CUDA does not promise to start blocks in order. Two more warps do the waiting: the usher reads
+the counters of the next tiles and lets the warp groups in (``turn``); the releaser waits until both have added (``added``), then
+sets the counter. dk and dv are added to memory at the end of a chunk, in the order of the chunks: flag[group, j, warp group] says
+whose turn it is.
 
 Order within a warp group, for tile n (products asynchronous, finished in the order of issue):
 
@@ -79,8 +79,8 @@ def store_release(pointer, value):
 
 
 def _add_quads_asm() -> tuple[str, str]:
-    """One block, so that one branch and one address serve all: 8 words of no use, 32 times the same address, 32 values, 32 times
-    the same condition."""
+    """PTX that adds 8 quads to memory, and its operands: 8 unused outputs, 32 times the same address, 32 values, 32 times the
+    same condition. One block, so that one branch and one address serve all quads."""
     quads = [", ".join(f"${40 + 4 * block + i}" for i in range(4)) for block in range(8)]
     adds = " ".join(f"red.relaxed.gpu.global.add.v4.f32 [$8+{2048 * b}], {{{quad}}};" for b, quad in enumerate(quads))
     words = " ".join(f"mov.b32 ${word}, 0;" for word in range(8))
@@ -341,8 +341,8 @@ def interval_attention_whole_backward_hopper_kernel(
 
 
 def takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, do: torch.Tensor) -> bool:
-    """Whether :func:`interval_attention_whole_backward` is for these: widths of 128, a power of two of at most 64 heads a group,
-    tensors that the copy engine can fetch."""
+    """Whether :func:`interval_attention_whole_backward` can take these: widths of 128, heads a group that are a power of two of
+    at most 64, tensors that the copy engine can fetch."""
     return (
         k.shape[2] == v.shape[2] == WIDTH.value
         and k.shape[1] > 0
@@ -352,15 +352,15 @@ def takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, do: torch.Tensor) -
 
 
 def dq_bytes(tokens: int, heads: int) -> int:
-    """Bytes of the buffer of one group of ``heads`` heads."""
+    """Bytes of the dq buffer for one group of ``heads`` heads."""
     return triton.cdiv(tokens * heads, ROWS.value) * ROWS.value * WIDTH.value * 4
 
 
 def tile_ranges(q_begin: torch.Tensor, q_end: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """int32 [key tiles]: query tiles of ``tokens`` tokens, ``first .. last``, that each tile of 128 keys meets, both ascending;
-    none where last <= first.
+    """The query tiles (of ``tokens`` tokens) ``first .. last`` that each tile of 128 keys meets, int32 [key tiles] each, both
+    ascending; none if last <= first.
 
-    Where the keys' own ranges do not ascend, they are widened until they do; the masks hide what that adds.
+    Ranges that do not ascend are widened until they do; masks hide what that adds.
     """
     none, keys = 1 << 30, 2 * KEYS.value
     spare = -q_begin.shape[0] % keys
@@ -373,8 +373,8 @@ def tile_ranges(q_begin: torch.Tensor, q_end: torch.Tensor, tokens: int) -> tupl
 
 
 def turns(first: torch.Tensor, num_tiles: int, groups: int, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Who begins: int32 counters [G, tiles], the last key tile that meets each query tile (or one that meets no tile any more),
-    and flags [G, key tiles, 2], the first chunk that each key tile meets. The kernel uses them up.
+    """Initial turns, int32, which the kernel overwrites: counters [G, tiles], the last key tile that meets each query tile (or
+    one that meets no tile any more), and flags [G, key tiles, 2], the first chunk that each key tile meets.
 
     Args:
         first: of :func:`tile_ranges`. chunk: query tiles of a chunk.
@@ -385,11 +385,11 @@ def turns(first: torch.Tensor, num_tiles: int, groups: int, chunk: int) -> tuple
 
 
 def chunk_length(key_tiles: int, num_tiles: int, groups: int) -> int:
-    """Query tiles of a chunk: a power of two, at most ROWS_A_SUM rows (what matrix units add up before the sum goes to memory).
+    """Number of query tiles in a chunk: a power of two, of at most ROWS_A_SUM rows in all.
 
-    On 132 multiprocessors, in microseconds: a program spends about 7 on its start and on the additions to dk and dv, and 20 /
-    ``groups`` until its first turn; at the end multiprocessors are idle for half a chunk of tiles of 2.4. With half of all pairs
-    of tiles to compute the sum is least at ``best``, and flat around it.
+    From measured times on 132 multiprocessors: a program spends about 7 us on its start and on the additions to dk and dv, and
+    20 us / ``groups`` until its first turn; in the end multiprocessors idle for half a chunk, at 2.4 us a tile. With half of all
+    pairs of tiles to compute, the sum of these is smallest at ``best``, and flat around it.
     """
     best = math.sqrt(key_tiles * num_tiles * (7 * groups + 20) / (132 * 2.4))
     return min(max(_LEAST_CHUNK, 1 << round(math.log2(max(1.0, best)))), ROWS_A_SUM // ROWS.value)
@@ -408,11 +408,11 @@ def interval_attention_whole_backward(
     *,
     chunk: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk [M, G, Dk] and dv [M, G, Dv], float32, for tensors of which :func:`takes` is true; arguments as of
+    """dq, dk [M, G, Dk] and dv [M, G, Dv], float32, for tensors for which :func:`takes` is true; arguments as of
     ``interval_attention_backward_dkv``. The same inputs give the same bits.
 
-    dq is the buffer [G, tiles, 16, 128, 4] of the module's first lines, without the factor scale; :func:`unpack` has it as rows.
-    ``chunk``: query tiles of a chunk, instead of :func:`chunk_length`.
+    dq is the buffer [G, tiles, 16, 128, 4] described at the top of this module, without the factor scale; :func:`unpack` turns it
+    into rows. ``chunk``: number of query tiles in a chunk, instead of :func:`chunk_length`.
     """
     (tokens, num_heads, width), (num_keys, groups, _) = q.shape, k.shape
     heads = num_heads // groups
@@ -423,7 +423,7 @@ def interval_attention_whole_backward(
     key_tiles = len(first)
     chunk = chunk or chunk_length(key_tiles, num_tiles, groups)
     shape = (groups, num_tiles, 2 * QUADS.value // 512, 128, 4)
-    # Behind the buffer the counter of the programs' numbers, zero in either type.
+    # Behind the buffer lies the counter from which programs draw their numbers; 0.0 has the bits of the integer 0.
     zeros = torch.zeros(math.prod(shape) + 4, dtype=torch.float32, device=q.device)
     dq, ticket = zeros[:-4].view(shape), zeros[-4:].view(torch.int32)
     dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=q.device) for x in (k, v))
@@ -439,10 +439,10 @@ def interval_attention_whole_backward(
 
 
 def unpack(dq: torch.Tensor, tokens: int, heads: int) -> torch.Tensor:
-    """The buffer [G, tiles, 16, 128, 4] as [T, N, 128], still without the factor scale. For tests: what goes on with dq reads it
-    as it lies."""
+    """The buffer [G, tiles, 16, 128, 4] as rows [T, N, 128], still without the factor scale. For tests: ``query_gradients`` reads
+    the buffer's own layout."""
     groups, num_tiles = dq.shape[:2]
-    # Block of 8 columns, warp, row of 8, pair of columns, upper or lower 8 rows, column of the pair.
+    # Dimensions: block of 8 columns, warp, row of 8, pair of columns, upper or lower 8 rows, column of the pair.
     x = dq.view(groups, num_tiles, 16, 4, 8, 4, 2, 2).permute(1, 3, 6, 4, 0, 2, 5, 7)
     x = x.reshape(num_tiles, ROWS.value // heads, heads, groups, WIDTH.value).transpose(2, 3)
     return x.reshape(-1, groups * heads, WIDTH.value)[:tokens]

@@ -1,9 +1,9 @@
 """dq of Native Sparse Attention: one pass over a query tile's window, compressed tokens and chosen blocks.
 
 The three branches share q and do, which are loaded once, and their gradients add up in registers, in float32: no float32 dq is
-written, unless the compressed branch's was made beside its dk and dv (``begun``). (Groups of very few heads take the selected
-branch block by block, ``selected_attention/by_block.py``, pass by pass beside a float32 dq of the others.) What each branch adds
-is described in the backward of interval and of selected attention.
+written, unless the fused backward has made the compressed branch's already (``begun``). With very few heads a group the selected
+branch goes block by block (``selected_attention/by_block.py``), pass by pass on top of a float32 dq of the other two. What each
+branch adds is described in the backward of interval attention and of selected attention.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class Branch(NamedTuple):
 
 
 class _Task(NamedTuple):
-    """What every way to dq takes, as in :func:`query_gradients`; ``dq`` is written.
+    """The arguments of all implementations of dq, as in :func:`query_gradients`; they write to ``dq``.
 
     Args:
         branches: window, compressed tokens, selected.
-        ranges: begin and end in the window, begin and end of compressed tokens.
-        begun: what only :func:`_on_hopper` takes.
+        ranges: begin and end of the rows seen in the window, then begin and end of the compressed tokens seen.
+        begun: only :func:`_on_hopper` takes it.
     """
 
     q: torch.Tensor
@@ -63,7 +63,7 @@ class _Task(NamedTuple):
         return [x for branch in self.branches for x in (branch.k, branch.v)]
 
     def without_blocks(self, groups: slice, rows: slice) -> _Task:
-        """Window and compressed tokens alone, of some groups and query rows, for a new float32 dq."""
+        """The same for some groups and query rows, without any chosen block, with a new float32 ``dq``."""
         heads, selection = by_block.heads_of(groups, self.heads), self.selection.of(groups, rows)
         q = self.q[rows, heads]
         return self._replace(
@@ -149,17 +149,17 @@ def query_gradients(
     Args:
         q: [T, N, Dk]; query head h reads K/V group h // (N / G). float16, bfloat16 or float32; any strides.
         do: [T, N, Dv], upstream gradient of the gated sum.
-        window, compressed, selected: what the branches attend to, and their statistics.
+        window, compressed, selected: keys, values and row statistics of the branches.
         window_range, compressed_range: int32 [T] each, begin and end of the rows that a query sees, half open.
         selection: the blocks that each query chose.
         scale: positive factor of the scores.
-        out: [T, N, Dk] to write to, channels contiguous, in place of a new tensor.
+        out: [T, N, Dk] with contiguous channels, to write to instead of a new tensor.
         config: tile shape instead of the table's.
-        bulk: fetch keys and values by the copy engine, instead of where it can.
+        bulk: whether to fetch keys and values by the copy engine; None: where it can.
         hopper: let ``hopper.py`` do it where it can, unless ``config`` or ``bulk`` is given.
-        begun: dq of the compressed tokens, which then add no more, as
-            ``interval_attention.hopper_whole_backward`` leaves it. Only where :func:`goes_to_hopper`; the selected branch's keys,
-            which may have come later, are copied where the copy engine cannot fetch them.
+        begun: dq of the compressed branch in the layout of ``interval_attention.hopper_whole_backward``; that branch then adds
+            nothing more. Only if :func:`goes_to_hopper`; the selected branch's keys, which may have been unknown when that was
+            asked, are copied if the copy engine cannot fetch them.
 
     Returns:
         [T, N, Dk] in the dtype of q or of ``out``, accumulated in float32.
@@ -179,7 +179,7 @@ def query_gradients(
         selected = selected._replace(k=_fetchable(selected.k), v=_fetchable(selected.v))
     branches, ranges = (window, compressed, selected), (*window_range, *compressed_range)
     task = _Task(channels_last(q), channels_last(do), branches, ranges, selection, scale, dq, begun)
-    # ``config`` and ``bulk`` are settings of the unions' kernel.
+    # ``config`` and ``bulk`` are settings of the kernel by unions, so they select it.
     any_way = config is None and bulk is None
     if any_way and _suits_blocks(heads, selection.block_size, selected.k, selected.v):
         _by_block(task)
@@ -191,8 +191,8 @@ def query_gradients(
 
 
 def goes_to_hopper(q: torch.Tensor, do: torch.Tensor, keys: Sequence[torch.Tensor], block_size: int) -> bool:
-    """Whether :func:`query_gradients` takes such tensors to ``hopper.py``. ``keys``: k and v of the branches, or of some of them
-    if the others lie as well."""
+    """Whether :func:`query_gradients` uses ``hopper.py`` for such tensors. ``keys``: k and v of the branches, or of some of them
+    if the others have a similar memory layout."""
     k, v = keys[:2]
     by_blocks = _suits_blocks(q.shape[1] // k.shape[1], block_size, k, v)
     return not by_blocks and _suits_hopper(q, do, keys, block_size)
@@ -207,7 +207,8 @@ def _suits_blocks(heads: int, block_size: int, k: torch.Tensor, v: torch.Tensor)
 
 
 def _by_block(task: _Task) -> None:
-    """The selected branch block by block; pass by pass, what it adds to is by unions of no blocks."""
+    """The selected branch block by block, pass by pass, on top of the other two branches' dq (by the kernel of unions, without
+    blocks)."""
 
     def base_of(groups: slice, rows: slice) -> torch.Tensor:
         base = task.without_blocks(groups, rows)
@@ -228,7 +229,7 @@ def _suits_hopper(q: torch.Tensor, do: torch.Tensor, keys: Sequence[torch.Tensor
 
 
 def _on_hopper(task: _Task) -> None:
-    """By unions, on the kernel of ``hopper.py``."""
+    """All branches by the kernel of ``hopper.py``, which goes by unions, too."""
     from . import hopper
 
     statistics = [x.contiguous() for branch in task.branches for x in (branch.shift, branch.delta)]
@@ -236,7 +237,7 @@ def _on_hopper(task: _Task) -> None:
 
 
 def _by_unions(task: _Task, config: TileConfig | None = None, bulk: bool | None = None) -> None:
-    """The selected branch over the union of the blocks that the tokens of a query tile chose."""
+    """All branches by the Triton kernel; the selected one over the union of the blocks that a query tile's tokens chose."""
     q, do, branches, ranges, selection, scale, dq, begun = task
     assert begun is None, "only the kernel of hopper.py reads it"
     (tokens, _, dk), (num_keys, groups, dv), heads = q.shape, branches[2].v.shape, task.heads

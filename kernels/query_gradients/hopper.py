@@ -2,15 +2,15 @@
 
 One program: 2 x 64 query rows (tokens times heads of one K/V group). Each warp group owns 64 rows and their dq; one more
 warp fetches tiles of 64 keys and values into a ring (see ``kernels/hopper.py``): first the window's, then the compressed tokens',
-then the blocks of the union of all the program's tokens. A warp group that nothing of a tile concerns passes it on at once. The
-very first tiles are the warp groups' q and do, which move to registers. Where q and k have a tail (128 + 64 columns), registers
-have no room for do beside both parts of q and dq: it has a place of its own, from where every product reads it.
+then the blocks of the union of all the program's tokens. A warp group of whose rows none sees a tile releases it at once. The
+very first tiles are the warp groups' q and do, which move to registers. If q and k have a tail (128 + 64 columns), registers have
+no room for do beside both parts of q and dq: do then stays in shared memory of its own, from where every product reads it.
 
 Per tile and warp group: issue S = Q K^T and dP = dO V^T; the exponentials run while dP does, and beside the other warp group's
 products; dq += dS K.
 
-Where ``interval_attention/hopper_whole_backward.py`` has made the compressed tokens' dq beside their dk and dv, a warp group
-starts from its tile of that buffer, [16, 128, 4] floats in the order of its own registers, and they are not fetched.
+If ``interval_attention/hopper_whole_backward.py`` has made the compressed branch's dq already, a warp group starts from its tile
+of that buffer, [16, 128, 4] floats in the order of its own registers, and compressed tokens are not fetched.
 """
 
 from __future__ import annotations
@@ -343,8 +343,8 @@ def query_gradients_hopper_kernel(
 
 
 def takes(q: torch.Tensor, do: torch.Tensor, keys: Sequence[torch.Tensor], block_size: int) -> bool:
-    """Whether :func:`query_gradients` is for these: widths of 64 or 128 (also 192 of q and k), 4 to 64 heads a group, a power
-    of two (more tokens a tile than 32 do not fit the union's masks), blocks of 64, all fetchable. ``keys``: k, v by branch."""
+    """Whether :func:`query_gradients` can take these: widths of 64 or 128 (of q and k also 192), heads a group that are a power
+    of two from 4 to 64 (the union's masks hold 32 tokens a tile), blocks of 64, all fetchable. ``keys``: k and v by branch."""
     heads = q.shape[1] // keys[0].shape[1]
     return (
         block_size == KEYS.value
@@ -367,14 +367,14 @@ def query_gradients(
     dq: torch.Tensor,
     begun: torch.Tensor | None = None,
 ) -> None:
-    """As the Triton twin in ``backward.py``, for tensors of which :func:`takes` is true; dq [T, N, Dk] is written.
+    """As the Triton twin in ``backward.py``, for tensors for which :func:`takes` is true; writes to ``dq`` [T, N, Dk].
 
     Args:
         keys: k and v of the window, the compressed tokens and the selected branch.
         statistics: their shifts and deltas, contiguous, in the same order.
-        ranges: begin and end of the rows that a query sees in the window, then of compressed tokens.
-        begun: float32 [G, tiles, 16, 128, 4], dq of the compressed tokens, which then add nothing, as
-            ``interval_attention_whole_backward`` leaves it.
+        ranges: begin and end of the rows that a query sees in the window, then of the compressed tokens that it sees.
+        begun: float32 [G, tiles, 16, 128, 4], dq of the compressed branch as ``interval_attention_whole_backward`` returns it;
+            that branch then adds nothing more.
     """
     (tokens, num_heads, dk), groups, dv = q.shape, keys[0].shape[1], do.shape[2]
     heads = num_heads // groups

@@ -1,6 +1,6 @@
-"""Rotary position embedding of rows at given positions: one pass over the channels, without tables.
+"""Rotary position embedding of rows at given positions: one pass over the channels, without tables of cosines and sines.
 
-The backward of a rotation is the rotation back, so that one kernel serves both.
+The backward of a rotation is the rotation by the opposite angle, so one kernel serves both.
 """
 
 from __future__ import annotations
@@ -54,17 +54,19 @@ def rotate_kernel(
 
 @lru_cache(maxsize=None)  # some hundred bytes each, which a captured CUDA graph goes on reading
 def turns_per_position(base: float, dim: int, device: torch.device) -> torch.Tensor:
-    """Turns of each channel pair from one position to the next, float64 [dim / 2]: ``base^(-2c / dim) / (2 pi)``."""
+    """Full turns that each channel pair makes from one position to the next, float64 [dim / 2]: ``base^(-2c / dim) / (2 pi)``."""
     exponents = torch.arange(0, dim, 2, dtype=torch.float64) / dim
     return (base**-exponents / (2 * math.pi)).to(device)
 
 
 def rotate(x: torch.Tensor, position: torch.Tensor, base: float, dim: int, *, back: bool = False) -> torch.Tensor:
-    """``x`` with channel pairs (c, c + dim/2) turned by ``position * base^(-2c/dim)``, in float32; or turned back.
+    """Rotate channel pairs (c, c + dim/2) of ``x`` by ``position * base^(-2c/dim)`` radians, in float32.
 
     Args:
-        x: [T, heads, D], channels contiguous or not. position: integer [T].
-        dim: channels that turn, even, 2 at least and at most D.
+        x: [T, heads, D], any strides. position: integer [T].
+        base: theta.
+        dim: number of channels that rotate, even, from 2 to D; the others pass through.
+        back: rotate by the opposite angle, as the backward does.
 
     Returns:
         [T, heads, D] in the dtype of x, contiguous.

@@ -1,8 +1,8 @@
-"""Selected attention, backward: dq on the forward's query tiles (or, with few heads a group, by ``by_block.py``), dk and dv
-block by block over the queries that chose it.
+"""Selected attention, backward: dq on the forward's query tiles (or, with few heads a group, by ``by_block.py``); dk and dv for
+each block over the queries that chose it.
 
-No atomics. The list of a block's queries is cut into work items of bounded length, because a forced block is chosen by every
-later query and would alone take as long as all others. A list of one item is written at once; the partial sums of longer ones
+No atomics. The list of a block's queries is cut into work items of bounded length, because a document's first block is chosen by
+all its queries and would alone take as long as all others. Lists of one item are written at once; partial sums of longer ones
 go to a workspace and are added in list order, so that the same inputs give the same bits. Gates: see interval attention.
 """
 
@@ -301,9 +301,9 @@ def selected_attention_backward(
         do: [T, N, Dv], upstream gradient without the gate.
         shift, delta: float32 [T, N], as in the backward of interval attention.
         dq_config, dkv_config: tile shapes instead of the table's.
-        chunk: most queries of one work item.
-        workspace_bytes: budget of the partial sums of split lists; the groups are taken in as many passes as it needs.
-        bulk: fetch keys and values by the copy engine, instead of where it can.
+        chunk: largest number of queries in a work item.
+        workspace_bytes: budget of the partial sums of split lists; groups are taken in as many passes as that requires.
+        bulk: whether to fetch keys and values by the copy engine; None: where it can.
 
     Returns:
         ``dq`` [T, N, Dk], ``dk`` [S, G, Dk], ``dv`` [S, G, Dv], float32. The same inputs give the same bits.
@@ -343,7 +343,7 @@ def _query_gradients(
     config: TileConfig | None,
     bulk: bool | None,
 ) -> None:
-    """dq of the selected branch alone, by unions; ``dq`` is written."""
+    """Write dq of the selected branch alone, by unions, to ``dq``."""
     (tokens, num_heads, dk_width), (num_keys, groups, dv_width) = q.shape, v.shape
     heads = num_heads // groups
     config = config or tile_config("selected_dq", q.dtype, q.device, heads, max(dk_width, dv_width))
@@ -381,14 +381,14 @@ def selected_attention_backward_dkv(
     """dk [S, G, Dk] and dv [S, G, Dv] of :func:`selected_attention_backward`, float32.
 
     Args:
-        selection: as in the forward; its blocks are not read.
-        visitors: the queries of each block, of these G groups or of more.
-        base_group: number, among the groups of ``visitors``, of the first group here.
+        selection: as in the forward; its ``blocks`` are not read.
+        visitors: the queries that chose each block, for these G groups or for more.
+        base_group: index, among the groups of ``visitors``, of the first group here.
         hopper: let ``hopper_backward.py`` do it where it can, unless ``config`` is given.
     """
     (tokens, num_heads, dk_width), (num_keys, groups, dv_width) = q.shape, v.shape
     heads = check_heads(num_heads, groups)
-    # Rows of documents that have no queries here are in no list.
+    # Zeros, because rows of documents without queries here are in no list.
     dk = torch.zeros(k.shape, dtype=torch.float32, device=q.device)
     dv = torch.zeros(v.shape, dtype=torch.float32, device=q.device)
     if tokens == 0:
@@ -431,7 +431,7 @@ def selected_attention_backward_dkv(
 def _plan_passes(
     visitors: Visitors, groups: int, slot_rows: int, dk_width: int, dv_width: int, workspace_bytes: int
 ) -> tuple[list[tuple[int, int]], torch.Tensor, torch.Tensor]:
-    """Ranges of groups whose partial sums fit in the workspace together, at least one group each, and the workspace."""
+    """Ranges of groups whose partial sums fit in the workspace together, at least one group each, and the workspace (dk, dv)."""
     slot_bytes = slot_rows * (dk_width + dv_width) * 4
     at_once = max(1, min(groups, workspace_bytes // max(1, visitors.slots_per_group * slot_bytes)))
     slots, device = at_once * visitors.slots_per_group, visitors.queries.device

@@ -1,12 +1,12 @@
 """Selected attention block by block, for groups of few query heads: forward, and its part of dq.
 
-A tile of adjacent queries (``forward.py``) walks the union of their blocks. With few heads a group a tile holds many tokens,
-which agree on little, so that most rows of it wait in every step. Here each block meets the queries that chose it, in tiles of
-which every row counts, and leaves what each query got from it; a second kernel adds up a query's parts in the order of its
-blocks.
+In ``forward.py`` a tile of adjacent queries walks the union of their blocks. With few heads a group a tile holds many tokens,
+which share few blocks, so that in every step most of its rows are masked. Here each block meets just the queries that chose it,
+in tiles without idle rows, and writes a partial result ("part") for each of them; a second kernel adds up each query's parts in
+the order of its blocks.
 
-A part is a row of every visit, so tokens are taken in passes of bounded size. No atomics: the same inputs give the same bits, and
-a query's do not depend on the queries around it.
+There is a part for every choice of a block, so tokens are taken in passes of bounded size. No atomics: the same inputs give the
+same bits, and a query's result does not depend on the queries around it.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from ..interval_attention.backward import add_score_gradients, load_queries, sco
 from ..tuning import TileConfig, tile_config
 from .unions import Selection, Visitors, find_visitors
 
-# Query heads of a group up to which this way is the faster one (docs/kernels.md): of the forward, and of dq, whose parts are
-# float32, twice as long.
+# Query heads a group up to which this way is faster (docs/kernels.md), for the forward and for dq, whose parts are float32 and so
+# twice as large.
 MOST_HEADS, MOST_HEADS_DQ = 4, 2
 # Bytes of parts held at once.
 WORKSPACE_BYTES = 1 << 30
-# Rows of a block, and bytes of its keys and values, that stay on the multiprocessor: on Hopper, elsewhere, and for float32, whose
-# products take three times the room.
+# Limits of a block's rows and of its keys' and values' bytes, which stay on the multiprocessor: on Hopper, elsewhere, and for
+# float32, whose products take three times the room.
 _MOST_ROWS = 128
 _HOPPER_BYTES, _OTHER_BYTES, _FLOAT32_BYTES = 64 << 10, 32 << 10, 20 << 10
-# Rows of a tile that adds parts.
+# Query rows of a program that adds up parts.
 _MERGED_ROWS = 16
 
 
@@ -285,12 +285,12 @@ def add_parts_kernel(
 
 
 def passes(tokens: int, groups: int, bytes_per_token: int) -> Iterator[tuple[slice, slice]]:
-    """Groups and tokens whose parts, of so many bytes a token and group, fit in the workspace together.
+    """Slices of groups and of tokens whose parts, ``bytes_per_token`` for each token and group, fit in the workspace together.
 
-    One group after the other, so that its keys and values are read about once and its lists are long; groups side by side only
-    where all tokens of several fit.
+    One group after the other, so that its keys and values are read about once and its lists are long; several groups together
+    only if all their tokens fit.
     """
-    # A multiple of 16, so that what starts with a later pass is aligned as the whole is.
+    # A multiple of 16 tokens, so that slices are aligned like the whole tensors.
     at_once = max(16, WORKSPACE_BYTES // bytes_per_token // 16 * 16)
     side_by_side = max(1, min(groups, at_once // max(1, tokens)))
     while groups % side_by_side:
@@ -301,7 +301,7 @@ def passes(tokens: int, groups: int, bytes_per_token: int) -> Iterator[tuple[sli
 
 
 def heads_of(groups: slice, heads: int) -> slice:
-    """Query heads of a slice of groups of so many."""
+    """Query heads of a slice of groups that have ``heads`` each."""
     return slice(groups.start * heads, groups.stop * heads)
 
 
@@ -317,11 +317,11 @@ def selected_attention_forward(
     config: TileConfig | None = None,
     chunk: int | None = None,
 ) -> None:
-    """As :func:`.forward.selected_attention_forward`, where :func:`fits`; ``out`` and ``lse`` are written.
+    """As :func:`.forward.selected_attention_forward`, if :func:`fits`; writes to ``out`` and ``lse``.
 
     Args:
         config: tile shape instead of the table's.
-        chunk: most queries of a work item.
+        chunk: largest number of queries in a work item.
     """
     (tokens, num_heads, dk), (num_keys, num_groups, dv), picks = q.shape, v.shape, selection.blocks.shape[2]
     heads = check_heads(num_heads, num_groups)
@@ -334,7 +334,7 @@ def selected_attention_forward(
         chosen, own_q, own_out, own_lse = selection.of(some, rows), q[rows, mine], out[rows, mine], lse[rows, mine]
         visitors = find_visitors(chosen, chunk, places=True)
         if lse_parts.numel() == 0:
-            # The first pass is the largest, and the others use its workspace.
+            # The first pass is the largest; the others reuse its workspace.
             out_parts = torch.empty(count * picks * groups * heads, dv, dtype=q.dtype, device=q.device)
             lse_parts = torch.empty(count * picks * groups * heads, dtype=torch.float32, device=q.device)
         attend_by_block_kernel[(groups * visitors.items_per_group,)](
@@ -367,11 +367,12 @@ def query_gradients(
     config: TileConfig | None = None,
     chunk: int | None = None,
 ) -> None:
-    """dq [T, N, Dk] of selected attention, where :func:`fits`, or what ``base_of`` gives and that; ``dq`` is written.
+    """Write dq of selected attention to ``dq`` [T, N, Dk], on top of what ``base_of`` returns, if given; only if :func:`fits`.
 
     Args:
-        shift, delta: float32 [T, N].
-        base_of: what dq of some groups and some tokens starts from, float32 [tokens, heads, Dk]; asked pass by pass.
+        shift, delta: float32 [T, N], as in the backward of interval attention.
+        base_of: called pass by pass with slices of groups and of tokens; returns what their dq starts from, float32 [tokens,
+            heads, Dk].
         config, chunk: as in the forward.
     """
     (tokens, num_heads, dk), (num_keys, num_groups, dv), picks = q.shape, v.shape, selection.blocks.shape[2]
@@ -401,7 +402,7 @@ def query_gradients(
             GROUPS=groups, HEADS=heads, PICKS=picks, DK=dk, DK_PADDED=triton.next_power_of_2(dk), BASE=base_of is not None,
             ROWS=_MERGED_ROWS, num_warps=4,
         )  # fmt: skip
-        # Not beside the next pass's.
+        # Freed now, so that it is not held beside the next pass's.
         del base
 
 

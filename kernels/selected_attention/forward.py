@@ -3,7 +3,7 @@
 Adjacent tokens agree on most of their blocks, so a tile loads each block of the union once and masks out the rows whose token
 did not choose it. That mask is one bit a row: it goes into the row's softmax reference, not into every score. Only blocks
 that reach past the tile's first query need the causal mask; they are the last of the ascending union. Groups of few heads, whose
-tiles would be of many tokens, go another way: ``by_block.py``.
+tiles would hold many tokens, are handled by ``by_block.py``.
 """
 
 from __future__ import annotations
@@ -170,10 +170,10 @@ def selected_attention_forward(
         k: [S, G, Dk]. v: [S, G, Dv]. Token p of a query's document is row ``key_start[t] + p``.
         selection: the blocks that each query chose.
         scale: positive factor of the scores.
-        out: [T, N, Dv] to write to, channels contiguous, in place of a new tensor.
+        out: [T, N, Dv] with contiguous channels, to write to instead of a new tensor.
         config: tile shape instead of the table's.
-        bulk: fetch keys and values by the copy engine, instead of where it can. Without these two settings groups of few heads
-            go the way of ``by_block.py``.
+        bulk: whether to fetch keys and values by the copy engine; None: where it can. If neither ``config`` nor ``bulk`` is
+            given, ``by_block.py`` handles groups of few heads.
 
     Returns:
         ``out`` [T, N, Dv] in the dtype of q and ``lse`` float32 [T, N], natural logarithm; 0 and -inf where nothing is seen.
@@ -202,7 +202,7 @@ def selected_attention_forward(
     q, k, v = channels_last(q), channels_last(k), channels_last(v)
     keys, parts = block_steps(block_size, config.keys)
     bulk = copies_in_bulk(k, v) if bulk is None else bulk
-    # A step that is cut short by its block's end needs masked loads.
+    # The copy engine cannot mask: steps must not reach past their block's end.
     bulk = bulk and keys * parts == block_size
     selected_attention_forward_kernel[(triton.cdiv(tokens, tile_tokens) * groups,)](
         q, *key_arguments(k, v, keys, bulk), out, lse,

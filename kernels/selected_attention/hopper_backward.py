@@ -1,16 +1,16 @@
 """Selected attention, dk and dv, for Hopper: products run while the exponentials are taken.
 
 One program: a block of 64 keys against one work item of the queries that chose it. A tile of 64 rows is 64 / HEADS tokens of the
-list, which stand anywhere: each is fetched by copies of its own. Two warp groups take turns, tile by tile, each with its own dk
-and dv, added through shared memory at the end. That needs one copy of the keys and one ring, halves the time an item takes, and
-the sum has a fixed order. (Two items a program would need twice the keys and leave each item half the ring.)
+list, which are scattered in memory: each is fetched by copies of its own. Two warp groups take turns, tile by tile, each with its
+own dk and dv, added through shared memory at the end. That needs one copy of the keys and one ring, halves the time of an item,
+and keeps the sum in a fixed order. (Two items a program would need twice the keys and leave each item half the ring.)
 
-Three warps fetch: one the queries, one the upstream gradients, by the copy engine, and one the row statistics through registers:
-their places in a tile are too narrow for the engine. So are rows of 4 heads, half of what it swizzles: they are copied lane by
-lane. Rows past the list's end have shift +inf; the engine reads zeros behind the tensor for them.
+Three warps fetch: one the queries and one the upstream gradients, by the copy engine, and one the row statistics through
+registers, because these are too narrow for the engine. So are rows of 4 heads, half of the unit in which it swizzles: they are
+copied lane by lane. Rows past the list's end have shift +inf; for them the engine reads zeros behind the tensor.
 
 Rings as in ``kernels/hopper.py``, but with twice as many barriers as slots, so that a barrier always belongs to one warp group,
-however many slots there are: tile i lies in slot i % STAGES, its barriers are those of i % (2 STAGES).
+however many slots there are: tile i is in slot i % STAGES, and its barriers are number i % (2 STAGES).
 
 Order within a warp group: as in ``interval_attention/hopper_backward.py``, the tile before being its own tile before.
 """
@@ -30,7 +30,7 @@ from .unions import Selection, Visitors
 
 BLOCK = gl.constexpr(64)  # keys
 ROWS = gl.constexpr(64)  # query rows of a tile
-# A copy of the engine: at least so many rows of so many channels, the unit in which it swizzles a tile.
+# The unit in which the copy engine swizzles a tile, and so its smallest copy: this many rows of this many channels.
 SWIZZLED, CHANNELS = gl.constexpr(8), gl.constexpr(64)
 WARP_GROUPS = gl.constexpr(2)
 # Shared memory for the ring, after keys, values and barriers.
@@ -323,8 +323,8 @@ def selected_attention_backward_dkv_hopper_kernel(
 
 
 def takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, do: torch.Tensor, block_size: int) -> bool:
-    """Whether :func:`launch_items` is for these: blocks of 64, widths of 64 or 128, 4 to 64 heads a group, a power of two,
-    tensors that the copy engine can fetch."""
+    """Whether :func:`launch_items` can take these: blocks of 64, widths of 64 or 128, heads a group that are a power of two from
+    4 to 64, tensors that the copy engine can fetch."""
     heads = q.shape[1] // k.shape[1]
     return (
         block_size == BLOCK.value
@@ -337,9 +337,9 @@ def takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, do: torch.Tensor, b
 
 
 def _token_rows(x: torch.Tensor, heads: int) -> object:
-    """Descriptor of a token's rows of one group of x [T, N, D], CHANNELS of the channels, as they lie in a swizzled tile.
+    """Descriptor of CHANNELS channels of a token's rows of one group of x [T, N, D], laid out as in a swizzled tile.
 
-    A stand-in for fewer heads than a unit of the swizzle.
+    A placeholder if the group has fewer heads than the swizzle's unit has rows.
     """
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -360,11 +360,11 @@ def launch_items(
     groups: tuple[int, int, int],
     scale: float,
 ) -> None:
-    """As a launch of the Triton twin in ``backward.py``, for tensors of which :func:`takes` is true.
+    """Launch the kernel like its Triton twin in ``backward.py``, for tensors for which :func:`takes` is true.
 
     Args:
-        outputs: dk, dv and the workspaces of their partial sums.
-        groups: first and last of the groups of ``visitors`` to take, and the number among them of the tensors' first.
+        outputs: dk, dv and the workspaces of their partial sums, to be written.
+        groups: first and end of the groups of ``visitors`` to take, and which of these the tensors' first group is.
     """
     (tokens, num_heads, dk_width), (num_keys, num_groups, dv_width) = q.shape, v.shape
     heads, (first, last, _) = num_heads // num_groups, groups

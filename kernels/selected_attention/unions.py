@@ -1,8 +1,8 @@
 """Index structures of selected attention, built on the device with static shapes and without a host synchronisation.
 
-Forward and dq walk, for each tile of adjacent tokens, the union of the blocks its tokens chose; a bit mask says which did.
-dk and dv, and groups of few heads everywhere (``by_block.py``), need the inverse: for each block the queries that chose it, cut
-into work items of bounded length.
+Forward and dq walk, for each tile of adjacent tokens, the union of the blocks its tokens chose; a bit mask says which tokens did.
+dk and dv, and with few heads a group also forward and dq (``by_block.py``), need the inverse: for each block the queries that
+chose it (its visitors), cut into work items of bounded length.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Selection(NamedTuple):
     """Which blocks each query chose, and where queries and blocks lie among the keys.
 
     Args:
-        blocks: int32 [T, G, n], block numbers within the query's document, each at most once, none past the query's own, padded
+        blocks: int32 [T, G, n], block indices within the query's document, each at most once, none past the query's own, padded
             with -1.
         position: int32 [T], position of each query in its document, ascending over the document's query rows: it sees tokens
             up to and including this one.
@@ -39,7 +39,7 @@ class Selection(NamedTuple):
     block_size: int
 
     def of(self, groups: slice, rows: slice) -> Selection:
-        """What some query rows chose in some groups."""
+        """The selection of some query rows in some groups."""
         return self._replace(
             blocks=self.blocks[rows, groups],
             position=self.position[rows],
@@ -130,7 +130,7 @@ def build_unions(selection: Selection, tile_tokens: int) -> Unions:
         tile_tokens: tokens of a tile, at most 32.
 
     Returns:
-        unions of ``ceil(T / tile_tokens)`` tiles; memory O(T * n).
+        Unions of ``ceil(T / tile_tokens)`` tiles, in O(T * G * n) memory.
 
     Raises:
         ValueError: more tokens in a tile than the bit masks hold.
@@ -141,7 +141,7 @@ def build_unions(selection: Selection, tile_tokens: int) -> Unions:
     tokens, groups, picks = blocks.shape
     tiles = triton.cdiv(tokens, tile_tokens)
     if picks == 0:
-        # Nothing to walk, but walkers load an entry ahead.
+        # There is nothing to walk, but kernels load one entry ahead.
         entries = torch.zeros(tiles, groups, 1, dtype=torch.int64, device=blocks.device)
         return Unions(entries, torch.zeros(tiles, groups, 2, dtype=torch.int32, device=blocks.device), tile_tokens)
     padded_tokens, padded_picks = triton.next_power_of_2(tile_tokens), triton.next_power_of_2(picks)
@@ -163,16 +163,16 @@ class Visitors:
     """For each (group, block) the queries that chose it, and the work items its list is cut into.
 
     Args:
-        queries: int32 [T * G * n], query rows, ascending within a list; lists in order of group * NB + block.
+        queries: int32 [T * G * n], query rows, ascending within a list; the list of (group, block) is number group * NB + block.
         offsets: int32 [G * NB + 1], where each list starts.
         item_offsets: int32 [G * NB + 1], number of the first work item of each list; every list has at least one.
         slot_offsets: int32 [G * NB + 1], number of the first partial sum of each list; only lists of several items have any.
         item_lists: int32 [items], the list of each work item; G * NB or more for items past the last.
-        chunk: most queries of a work item.
+        chunk: largest number of queries in a work item.
         num_blocks: NB.
-        items_per_group, slots_per_group: upper bounds of the work items and partial sums of one group's lists, known to the
-            host.
-        places: int32, like ``queries`` the number of the pick in ``blocks``, (token * G + group) * n + pick; only if asked for.
+        items_per_group, slots_per_group: upper bounds of the work items and of the partial sums of one group's lists, known
+            without asking the device.
+        places: int32 like ``queries``, each choice's flat index in ``blocks``, (token * G + group) * n + pick; only if asked for.
     """
 
     queries: torch.Tensor
@@ -254,11 +254,11 @@ def find_visitors(selection: Selection, chunk: int | None = None, *, places: boo
 
     Args:
         selection: what T queries chose of NB blocks.
-        chunk: most queries of a work item; None for :func:`visitor_chunk`.
-        places: list the picks' numbers too.
+        chunk: largest number of queries in a work item; None for :func:`visitor_chunk`.
+        places: also return the flat indices of the choices.
 
     Returns:
-        lists in O(T * n + G * NB) memory, all on the device.
+        Lists in O(T * G * n + G * NB) memory, all on the device.
 
     Raises:
         ValueError: 2^31 choices or more.
@@ -281,7 +281,7 @@ def find_visitors(selection: Selection, chunk: int | None = None, *, places: boo
     ordered, order = key.sort(stable=True)
     int32 = {"dtype": torch.int32, "device": blocks.device}
     offsets = torch.empty(lists + 1, **int32)
-    # Of the items and, below, of those that lists of several have; their running sums start at 0.
+    # Work items of each list; below, the same but 0 for lists of a single item. Shifted by one, so that running sums start at 0.
     counts = torch.empty(2, lists + 1, **int32)
     count_items_kernel[(triton.cdiv(lists + 1, 128),)](
         ordered, offsets, counts, lists, key.numel(), key.numel().bit_length(), chunk, TILE=128, num_warps=4
@@ -304,5 +304,5 @@ def find_visitors(selection: Selection, chunk: int | None = None, *, places: boo
 
 
 def visitor_chunk(tokens: int, picks: int) -> int:
-    """Queries of a work item: 512, and for long sequences as many as leave at most about 2048 partial sums a group."""
+    """Most queries in a work item: 512, in long sequences more, so that a group has at most about 2048 partial sums."""
     return max(512, triton.next_power_of_2(tokens * picks) // 1024)

@@ -88,12 +88,12 @@ def run_attention_benchmark(
     repetitions: int = 10,
     notice: Callable[[str], None] = print,
 ) -> Iterator[Row]:
-    """Measure every case; rows come as they are measured.
+    """Measure every case and yield each row as soon as it is measured.
 
     Args:
         implementations: ``nsa`` and names of :data:`nsa_cp.bench.peers.PEERS`; a peer that cannot run is left out.
         stages: also time each stage of ``nsa`` alone.
-        notice: told in one line which peer was left out and why, and what those measured compute otherwise.
+        notice: called with one line for each peer that is left out, and why, or that computes something else.
 
     Raises:
         ValueError: trained inputs that do not fit the case.
@@ -171,7 +171,7 @@ def _peaks(forward: Forward, x: AttentionInputs, device: torch.device) -> dict[s
         out, leaves = forward(x)
         return [out, *torch.autograd.grad(out, leaves, x.grad)]
 
-    # Once before: what compiling and first calls allocate is not the implementation's.
+    # One call before, so that what compilation and first calls allocate is not counted.
     both()
     return {"forward": peak_memory(lambda: forward(x), device), "backward": peak_memory(both, device)}
 
@@ -179,7 +179,7 @@ def _peaks(forward: Forward, x: AttentionInputs, device: torch.device) -> dict[s
 def _measure(
     case: Case, forward: Forward, rotation: list[AttentionInputs], stages: bool, repetitions: int
 ) -> Iterator[tuple[str, str, Timing]]:
-    """Forward alone, then backward alone: all graphs of a round are kept, and every backward runs on one of them."""
+    """Time the forward alone, then the backward alone, which runs on graphs kept for each set of inputs."""
     count, device = len(rotation), case.device
     yield "all", "forward", measure(lambda i: forward(rotation[i % count]), device, repetitions=repetitions)
     graphs = [(*forward(x), x.grad) for x in rotation]
@@ -197,7 +197,7 @@ def _measure(
 
 @torch.no_grad()
 def _agreement(case: Case, x: AttentionInputs) -> float:
-    """Measured on the whole sequence and all groups, which is what the kernels will meet."""
+    """How much neighbouring queries' choices agree, over the whole sequence and all groups: what the kernels will meet."""
     k_cmp, _ = compress_kv(x.k[0], x.v[0], x.k_weights, x.v_weights, case.config, backend=case.config.backend)
     return neighbour_agreement(select_blocks(x.q, k_cmp, case.config, backend=case.config.backend), case.config)
 
@@ -211,9 +211,9 @@ def default_cases(
     trained_file: Path | None = None,
     **settings: object,
 ) -> list[Case]:
-    """Every combination, with the paper's settings unless ``settings`` (fields of NSAConfig) say otherwise.
+    """Every combination, with NSAConfig's defaults (the paper's settings) unless ``settings`` (its fields) say otherwise.
 
-    Trained inputs bring their compressor and number of K/V along.
+    Trained inputs bring their compressor, sharing of K/V and kind of gate along.
 
     Raises:
         ValueError: settings that do not fit together or not the trained file, or trained inputs without a file.

@@ -2,10 +2,10 @@
 
     torchrun --nproc-per-node 2 -m nsa_cp.cli.main bench context-parallel --csv docs/benchmarks/context_parallel.csv
 
-Strong scaling: the same sequence on one GPU and on all. Efficiency is one GPU's time / GPUs over the time on all. With tensor
-parallelism the heads are divided too; its own communication is outside the attention and not measured here. Exposed
-communication is the time under CP less the time of the same work with every transfer answered from memory at once
-(``replay.py``); it holds waiting, and what kernels lose to the transfers that run beside them.
+Strong scaling: the same sequence on one GPU and on all. Efficiency is (one GPU's time / number of GPUs) / (time on all). With
+tensor parallelism heads are divided, too; its own communication is outside the attention and not measured here. Exposed
+communication is the time under CP minus the time of the same work with every transfer answered from memory at once
+(``replay.py``); it includes waiting and what kernels lose to transfers that run beside them.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Row:
 
 
 class Measured(NamedTuple):
-    """A row, and what has no column: bytes a rank sends and receives, and the fraction of remote blocks that it chose."""
+    """A row, and figures without a column: bytes that a rank sends and receives, and the fraction of remote blocks it needs."""
 
     row: Row
     sent: int
@@ -75,10 +75,10 @@ class Settings:
     Attributes:
         heads: of the whole model, over all tensor-parallel ranks.
         world: all processes, CP x TP.
-        group: the context-parallel group of this process; the processes of ``world`` are divided into as many as there are
-            tensor-parallel ranks.
-        repetitions: of each timing, at most.
-        seconds: of each timing, about: long sequences are repeated less often, but three times at least unless one takes longer.
+        group: this process's context-parallel group; ``world`` is divided into as many as there are tensor-parallel ranks.
+        repetitions: upper limit of repetitions for each timing.
+        seconds: about how long each timing may take: long sequences are repeated less often, but at least three times unless a
+            single run takes longer than this.
     """
 
     heads: HeadLayout
@@ -102,7 +102,8 @@ class Settings:
 
 
 class _Figures(NamedTuple):
-    """By pass: times in ms, with communication switched off too, peaks in GiB, traffic; each the largest over ranks."""
+    """By pass, each the largest over ranks: times in ms, with communication and (silent) without; peaks in GiB; bytes sent and
+    received."""
 
     times: dict[str, float]
     silent: dict[str, float]
@@ -146,7 +147,7 @@ def run_context_parallel_benchmark(
 
 
 def _measure_alone(seq_len: int, settings: Settings) -> _Figures | None:
-    """One GPU with the whole sequence (every rank measures its own); None where it does not fit in the memory of one."""
+    """One GPU with the whole sequence (measured on every rank); None if that does not fit in one GPU's memory."""
     figures, fits = None, True
     try:
         figures = _local_figures(seq_len, settings, None)
@@ -176,7 +177,7 @@ def _local_figures(seq_len: int, settings: Settings, group: dist.ProcessGroup | 
 
     peaks = {"forward": peak_memory(forward, device), "backward": peak_memory(both, device)}
     timed = {"forward": _timed(forward, settings, group)}
-    # Only now, so that a forward is never timed beside the graph of another one: that is half of what one GPU holds at a time.
+    # Only now: a graph kept while forwards are timed would nearly double the memory that one GPU needs.
     result = forward()
     timed["backward"] = _timed(lambda: _gradients(result.out, x, keep=True), settings, group)
     needed = float(remote_blocks(result.blocks, layout, config).needed)
@@ -187,7 +188,7 @@ def _local_figures(seq_len: int, settings: Settings, group: dist.ProcessGroup | 
 def _timed(
     call: Callable[[], object], settings: Settings, group: dist.ProcessGroup | None
 ) -> tuple[float, float, tuple[int, int]]:
-    """Of a pass: ms, ms with communication switched off (nan without ``group``), and bytes sent and received."""
+    """For one pass: ms, ms with communication switched off (nan without ``group``), and bytes sent and received."""
     recorded, silent = RecordedTransfers(), float("nan")
     with count_traffic() as counted, recorded.record():
         call()
@@ -205,7 +206,7 @@ def make_step(seq_len: int, settings: Settings) -> Callable[[], object]:
 
 
 def _shard(seq_len: int, settings: Settings, group: dist.ProcessGroup | None) -> tuple[SequenceLayout, AttentionInputs]:
-    """Inputs of a shard, not a shard of inputs: all are random, and one rank need not hold the whole."""
+    """The layout and random inputs for this rank's shard alone, so that no rank has to hold the whole sequence's."""
     size, rank = (1, 0) if group is None else (group.size(), group.rank())
     heads = settings.heads if group is None else settings.local_heads
     layout = SequenceLayout.build(seq_len, cp_size=size, cp_rank=rank, kind=settings.config.layout)
@@ -229,7 +230,7 @@ def _replayed(call: Callable[[], object], recorded: RecordedTransfers) -> None:
 def _time(call: Callable[[], object], settings: Settings, group: dist.ProcessGroup | None) -> tuple[float, int]:
     """The median in ms, and the repetitions it was taken from, which under ``group`` must be those of all ranks."""
     if group is not None:
-        # A rank with less to do would count its waiting for the others to finish what came before.
+        # Ranks start together: one that was done earlier would count its waiting for the others.
         dist.all_reduce(torch.zeros(1, device=settings.device), group=settings.world)
     # Calls before this one, for memory and traffic, have warmed up.
     once = measure(lambda _: call(), settings.device, repetitions=1, warmup=0).p50_ms
@@ -244,7 +245,7 @@ def _time(call: Callable[[], object], settings: Settings, group: dist.ProcessGro
 
 
 def _slowest(figures: _Figures, settings: Settings) -> _Figures:
-    """The largest of every figure over the ranks."""
+    """Every figure's largest value over the ranks. Collective."""
     named = {
         (name, pass_): values
         for name, by_pass in zip(figures._fields[:4], figures[:4], strict=True)

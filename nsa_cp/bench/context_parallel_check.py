@@ -1,4 +1,4 @@
-"""Is what context parallelism answers one GPU's answer? For ``nsa-cp bench context-parallel --check``, at benchmark sizes."""
+"""Compares results under context parallelism with one GPU's, at benchmark sizes: ``nsa-cp bench context-parallel --check``."""
 
 from __future__ import annotations
 
@@ -14,14 +14,20 @@ from nsa_cp.bench.inputs import AttentionInputs, make_inputs
 from nsa_cp.context_parallel import SequenceLayout
 from nsa_cp.ops import initial_compressor_weights, native_sparse_attention
 
-# Largest relative difference from one GPU's answer that rounding explains, by the bytes of an element.
+# Largest relative difference from one GPU's results that rounding explains, by bytes per element.
 TOLERANCE = {2: 2e-2, 4: 1e-4, 8: 1e-10}
 
 
 class Check(NamedTuple):
-    """Over all ranks: selections (token and group) that differ from one GPU's, of how many, and the largest relative
-    differences from one GPU's (Frobenius norms): of the outputs and of the gradients of tokens, a rank's rows each, and of the
-    gradients of a compressor's parameters, summed over the ranks."""
+    """How far the ranks' results are from one GPU's.
+
+    Attributes:
+        differing, selections: how many selections (of a token and group) differ, of how many, over all ranks.
+        out_error, gradient_error: largest relative difference (Frobenius norms) of the output and of the gradients of tensors
+            with a row per token, over the ranks, each with its own rows.
+        weight_error: the same of the gradients of the compressors' parameters, summed over ranks.
+        tolerance: bound on all three errors.
+    """
 
     differing: int
     selections: int
@@ -38,8 +44,8 @@ class Check(NamedTuple):
 
 
 class _Answers(NamedTuple):
-    """Blocks [T, G, n], output [T, N, Dv], gradients of what belongs to tokens, [T, ...] each, and those of the parameters of
-    the compressors of k and v, one float64 vector each (none without parameters)."""
+    """Results of one solution: blocks [T, G, n], output [T, N, Dv], gradients of the inputs with a row per token ([T, ...] each),
+    and gradients of all parameters of the compressors of k and of v, one float64 vector each (none without parameters)."""
 
     blocks: torch.Tensor
     out: torch.Tensor
@@ -48,7 +54,7 @@ class _Answers(NamedTuple):
 
 
 def check_against_one_gpu(seq_len: int, settings: Settings) -> Check | None:
-    """Solve one random problem on every GPU alone and on all together; None where one GPU cannot hold it. Collective."""
+    """Solve one random problem on every GPU alone and on all together; None if one GPU cannot hold it. Collective."""
     alone, fits = None, True
     try:
         alone = _solve(_whole(seq_len, settings), seq_len, settings, None)
@@ -66,7 +72,7 @@ def check_against_one_gpu(seq_len: int, settings: Settings) -> Check | None:
     del alone
     own = _solve(_shard(_whole(seq_len, settings), layout), seq_len, settings, layout)
     for partial in own.weight_gradients:
-        # Every rank has the part of its own compressed tokens.
+        # A rank's parameter gradients cover only the compressed tokens that it makes.
         dist.all_reduce(partial, group=group)
     differing = (own.blocks != expected.blocks).any(-1)
     errors = [
@@ -82,7 +88,7 @@ def check_against_one_gpu(seq_len: int, settings: Settings) -> Check | None:
 
 
 def _relative_error(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    """The largest ‖actual - expected‖ / ‖expected‖ of the pairs, summed in float64 where they lie; inf for NaN, 0 of none."""
+    """The largest ‖actual - expected‖ / ‖expected‖ of the pairs, summed in float64 on their device; inf for NaN, 0 of none."""
     errors = [0.0]
     for x, y in zip(actual, expected, strict=True):
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -93,7 +99,7 @@ def _relative_error(actual: Sequence[torch.Tensor], expected: Sequence[torch.Ten
 
 
 def _whole(seq_len: int, settings: Settings) -> AttentionInputs:
-    """The same on every rank."""
+    """Inputs of the whole sequence, equal on every rank."""
     config, heads, device, dtype = settings.config, settings.local_heads, settings.device, settings.dtype
     x = make_inputs(config, heads, seq_len, "random", seed=0, device=device, dtype=dtype)
     generator = torch.Generator().manual_seed(0)
@@ -125,8 +131,8 @@ def _solve(x: AttentionInputs, seq_len: int, settings: Settings, layout: Sequenc
     tokens = [x.q, *x.k, *x.v, x.gates]
     gradients = list(torch.autograd.grad(result.out, [*tokens, *x.k_weights, *x.v_weights], x.grad))
     first_k, first_v = len(tokens), len(tokens) + len(x.k_weights)
-    # One vector a compressor: of some parameters alone (a key's position under ``linear``, which moves all scores of a query
-    # alike) the gradient is nothing but rounding.
+    # One vector per compressor, because some parameters alone have a gradient of nothing but rounding (a key's ``position`` under
+    # ``linear``, which shifts all scores of a query alike).
     by_compressor = [part for part in (gradients[first_k:first_v], gradients[first_v:]) if part]
     weight_gradients = [torch.cat([g.flatten().double() for g in part]) for part in by_compressor]
     return _Answers(result.blocks, result.out.detach(), gradients[:first_k], weight_gradients)

@@ -10,12 +10,12 @@ from pathlib import Path
 from nsa_cp.bench.context_parallel import ONE_GPU, PASSES
 from nsa_cp.bench.plots import _GRID, _INK, _MUTED, _STAGE_COLOURS, _axes, _finish, _length_axis
 
-# Labels at the ends of lines stand so far apart at least, as a part of the axis.
+# Least distance between labels at the ends of lines, as a fraction of the axis.
 _LABEL_GAP = 0.05
 
 
 def plot_context_parallel(path: Path, folder: Path) -> list[Path]:
-    """Draw what the CSV of ``nsa-cp bench context-parallel`` holds; returns the PNG files, named after it, in ``folder``."""
+    """Draw the CSV file ``path`` of ``nsa-cp bench context-parallel``; returns the PNG files, named after it, in ``folder``."""
     with path.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     parallel = [row for row in rows if row["comm"] != ONE_GPU]
@@ -46,7 +46,7 @@ def _name(row: dict[str, str]) -> str:
 
 
 def _plot(rows: list[dict[str, str]], title: str, ylabel: str, value: Callable[[dict[str, str]], float], path: Path) -> Path:
-    """A panel for each pass; in it a line for each number of GPUs, layout and transport, in a colour that is the same in all."""
+    """A panel for each pass, with a line for each number of GPUs, layout and transport, coloured alike in all panels."""
     series: dict[str, dict[str, dict[int, float]]] = {pass_: defaultdict(dict) for pass_ in PASSES}
     for row in rows:
         series[row["pass"]][_name(row)][int(row["seq_len"])] = value(row)
@@ -67,7 +67,7 @@ def _plot(rows: list[dict[str, str]], title: str, ylabel: str, value: Callable[[
 
 
 def _panels(title: str, ylabel: str):  # noqa: ANN202 - matplotlib is imported late
-    """The figure, axes side by side on one scale for each pass, and empty ones below for the legend."""
+    """The figure, a panel for each pass (side by side, on one scale), and empty axes below for the legend."""
     figure, first = _axes(PASSES[0], ylabel)
     figure.set_size_inches(9, 4.8)
     figure.suptitle(title, x=0.01, ha="left", color=_INK, fontsize=11)
@@ -89,7 +89,7 @@ def _panels(title: str, ylabel: str):  # noqa: ANN202 - matplotlib is imported l
 
 
 def _label_ends(axes, series: Collection[dict[int, float]]) -> None:  # noqa: ANN001
-    """The last value of each line, to the right of it; where lines end together the labels are moved up, one above the other."""
+    """Write each line's last value to its right; labels that would overlap are moved up, one above the other."""
     ends: dict[int, set[str]] = defaultdict(set)
     for points in series:
         ends[max(points)].add(f"{points[max(points)]:.1f}")

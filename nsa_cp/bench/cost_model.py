@@ -1,11 +1,12 @@
-"""``nsa-cp bench cost-model``: step time, exposed communication and memory of context parallelism, predicted.
+"""``nsa-cp bench cost-model``: predicts step time, exposed communication and memory of context parallelism.
 
-In go kernel times measured on one GPU (:class:`KernelTimes`, from ``docs/benchmarks``) and times of transfers measured between
-two (:class:`Link`). The forward and the backward of ``ops/pipeline.py`` are then played, step by step, on two lanes, kernels and
-transfers: a transfer starts when its input is there and the transfer before it has ended; kernels wait where the pipeline waits.
+Inputs are kernel times measured on one GPU (:class:`KernelTimes`, from ``docs/benchmarks``) and times of transfers measured
+between two (:class:`Link`). The forward and backward of ``ops/pipeline.py`` are simulated step by step on two lanes, one of
+kernels and one of transfers: a transfer starts when its input is ready and the transfer before it has ended; kernels wait where
+the pipeline waits. A change of the pipeline's order has to be repeated here.
 
 Assumed and not measured: ``Link.step_ms``, the network's latency, ``KernelTimes.copy_bytes_per_ms``, ``SORTED_BYTES`` and, until
-it is measured, ``AGREEMENT_STEP_MS``. Launches are not modelled, nor kernels that run slower beside a transfer.
+it is measured, ``AGREEMENT_STEP_MS``. Launches are not modelled, nor that kernels run slower beside a transfer.
 """
 
 from __future__ import annotations
@@ -21,30 +22,30 @@ from nsa_cp.ops.pipeline import groups_a_step
 
 MIB = float(1 << 20)
 GIB = float(1 << 30)
-# Kernel times are functions of x = tokens / UNIT.
+# Kernel times are modelled as functions of x = tokens / UNIT: stages in LINEAR as a * x, those in QUADRATIC as b * x**2.
 UNIT = 65536
 LINEAR = ("compression", "recompression", "selected", "window", "gating")
 QUADRATIC = ("compressed", "selection")
-# What dq takes of the branches' backward: 28.9 of 56.4 ms, profiled in the whole at 64k, 64/4 heads of 128; since then the
-# selected branch's dk, dv take about 1 ms less.
+# The share of dq in the branches' backward: 28.9 of 56.4 ms, profiled within the whole at 64k tokens, 64/4 heads of 128; since
+# then the selected branch's dk and dv take about 1 ms less.
 QUERY_GRADIENT_SHARE = 0.52
-# Bytes that sorting the chosen blocks moves a block: four radix passes over an int32 key and an int64 place, read and written,
-# and about as much as half of that to make the keys and divide the places. Counted, not measured.
+# Bytes moved per chosen block to sort the blocks: four radix passes that read and write an int32 key and an int64 place, and
+# about half as much again to make keys and divide places. Counted, not measured.
 SORTED_BYTES = 150
-# Channels of the keys that stand in for values where scoring's normaliser is formed once more (``interval_lse`` on Hopper).
+# Channels of keys that stand in for values when scoring recomputes the log-sum-exp (``interval_lse`` on Hopper).
 STAND_IN_CHANNELS = 64
-# The hosts' agreement is gloo's all-gather, a ring of cp - 1 messages one after the other: milliseconds of each. An assumption,
-# the network's latency; ``--agreement-step-ms`` takes a measured one.
+# Milliseconds of one of the cp - 1 messages, one after the other, of the hosts' agreement (gloo's all-gather is a ring). Assumed
+# to be the network's latency; ``--agreement-step-ms`` takes a measured value.
 AGREEMENT_STEP_MS = 0.05
 
 
 @dataclass(frozen=True)
 class Link:
-    """Time of a transfer in ms by the bytes that a rank receives: straight lines between measured points.
+    """Time of a transfer in ms as a function of the bytes that a rank receives, interpolated between measured points.
 
     Attributes:
-        all_gather, exchange, reduce_scatter: (bytes, ms), ascending; beyond the last point the last line goes on.
-        step_ms: what every rank beyond two adds to a collective. An assumption: collectives alone were timed between two ranks.
+        all_gather, exchange, reduce_scatter: points (bytes, ms), ascending; extrapolated beyond the last one.
+        step_ms: what every rank beyond two adds to a collective. Assumed: collectives were timed between two ranks only.
     """
 
     all_gather: tuple[tuple[float, float], ...]
@@ -54,14 +55,14 @@ class Link:
 
     @classmethod
     def of_rate(cls, gb_per_s: float, latency_ms: float, step_ms: float) -> Link:
-        """A link of one rate for everything."""
+        """A link with the same rate (GB/s, 1e9 bytes) and latency for all kinds of transfers."""
         points = ((0.0, latency_ms), (gb_per_s * 1e6, latency_ms + 1.0))
         return cls(points, points, points, step_ms)
 
     def time(self, pattern: str, received: float, cp: int) -> float:
         """Milliseconds until a rank has received ``received`` bytes by ``pattern`` among ``cp`` ranks."""
         points = getattr(self, pattern)
-        # The line whose right end is the first beyond, or the last line.
+        # The segment whose right end is the first point beyond ``received``, else the last segment.
         right = next((i for i, (size, _) in enumerate(points) if received <= size), len(points) - 1)
         (x0, y0), (x1, y1) = points[max(0, right - 1)], points[max(1, right)]
         measured = max(points[0][1], y0 + (received - x0) * (y1 - y0) / (x1 - x0))
@@ -84,10 +85,12 @@ class KernelTimes:
     """Milliseconds of each (pass, stage) on one GPU for a sequence of UNIT tokens, and how one GPU's peak memory grows.
 
     A stage of LINEAR takes ms * x for x * UNIT tokens, one of QUADRATIC ms * x**2. The stage ``recompression`` is the
-    compressor's forward run again in the backward, part of one GPU's backward too.
+    compressors' forward run again in the backward, which one GPU does, too.
 
     Attributes:
-        bytes_per_token: of one GPU's peak, forward and backward, inputs and gradients included; by pass.
+        heads: the heads these times are for.
+        ms: by (pass, stage).
+        bytes_per_token: peak memory of one GPU per token, inputs and gradients included; by pass.
         copy_bytes_per_ms: rate of copies within the GPU's memory, read and written bytes together. An assumption.
     """
 
@@ -97,10 +100,10 @@ class KernelTimes:
     copy_bytes_per_ms: float = 2.5e9
 
     def shard(self, ranks: int) -> KernelTimes:
-        """Of one of so many tensor-parallel ranks: its part of the heads, time and memory.
+        """The times of one of ``ranks`` tensor-parallel ranks: its part of the heads, time and memory.
 
         Raises:
-            ValueError: groups that do not divide over them.
+            ValueError: the groups do not divide over the ranks.
         """
         ms = {key: value / ranks for key, value in self.ms.items()}
         memory = {pass_: value / ranks for pass_, value in self.bytes_per_token.items()}
@@ -111,12 +114,13 @@ class KernelTimes:
         return self.ms.get((pass_, stage), 0.0) * (tokens / UNIT) ** (2 if stage in QUADRATIC else 1)
 
     def total(self, pass_: str, tokens: int) -> float:
-        """All stages."""
+        """Milliseconds of all stages of a pass on one GPU."""
         return sum(self.at(pass_, stage, tokens) for stage in LINEAR + QUADRATIC)
 
 
 class Prediction(NamedTuple):
-    """Of the slowest rank: ms, of that ms in which it waits for transfers or hosts, one GPU's time / cp / ms, and peak GiB."""
+    """For the slowest rank: time in ms, the part of it spent waiting for transfers or hosts (exposed), efficiency (one GPU's time
+    / cp / ms), and peak memory in GiB."""
 
     ms: float
     exposed_ms: float
@@ -125,8 +129,8 @@ class Prediction(NamedTuple):
 
 
 def fit_line_and_square(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """a, b >= 0 that make a * x + b * x**2 pass the points (x, y) with the smallest sum of squared relative errors."""
-    # In the weights 1 / y: columns x / y and x**2 / y against 1.
+    """a, b >= 0 for which a * x + b * x**2 fits the points (x, y) with the smallest sum of squared relative errors."""
+    # Dividing by y turns relative errors into absolute ones: fit columns x / y and x**2 / y to 1.
     rows = [(x / y, x * x / y) for x, y in points]
     uu, vv, uv = (sum(f(u, v) for u, v in rows) for f in (lambda u, v: u * u, lambda u, v: v * v, lambda u, v: u * v))
     su, sv = sum(u for u, _ in rows), sum(v for _, v in rows)
@@ -135,7 +139,7 @@ def fit_line_and_square(points: Sequence[tuple[float, float]]) -> tuple[float, f
         a, b = (su * vv - sv * uv) / determinant, (sv * uu - su * uv) / determinant
         if a >= 0 and b >= 0:
             return a, b
-    # On the border: the better of the two single terms.
+    # If one would be negative it is 0: take the better of the two single terms.
     line, square = (su / uu, 0.0), (0.0, sv / vv)
     errors = [sum((a * u + b * v - 1) ** 2 for u, v in rows) for a, b in (line, square)]
     return line if errors[0] <= errors[1] else square
@@ -150,10 +154,11 @@ def fit_kernel_times(
     """Kernel times from measurements on one GPU.
 
     Args:
-        totals: by pass, length -> ms of the whole attention; two lengths or more of at least UNIT / 2 tell its linear from
-            its quadratic part, one length leaves that to the stages.
-        stages: (pass, stage) -> ms at one length, each timed alone: they give the shares within each part.
+        totals: by pass, length -> ms of the whole attention. From two or more lengths of at least UNIT / 2 its linear and its
+            quadratic part are fitted; with one length the stages tell how it divides.
+        stages: (pass, stage) -> ms at one length, each timed alone; they give the shares of the stages within each part.
         peaks: by pass, length -> GiB.
+        heads: the heads measured.
 
     Raises:
         ValueError: no total, or stages that are missing.
@@ -163,7 +168,7 @@ def fit_kernel_times(
         parts = [{s: stages[pass_, s] for s in names if (pass_, s) in stages} for names in (LINEAR, QUADRATIC)]
         if not by_length or not all(parts):
             raise ValueError(f"no kernel times for the {pass_}: measure with nsa-cp bench attention --stages")
-        # Short sequences are launches rather than work.
+        # In short sequences launches outweigh work.
         used = {n: y for n, y in by_length.items() if n >= UNIT // 2} or by_length
         if len(used) > 1:
             coefficients = fit_line_and_square([(n / UNIT, y) for n, y in used.items()])
@@ -181,23 +186,23 @@ def fit_kernel_times(
 
 
 class _Lanes:
-    """Two clocks: kernels, and transfers, which run one after the other."""
+    """Two clocks in ms, one of kernels (``now``) and one of transfers; on each, one thing runs after the other."""
 
     def __init__(self, link: Link, cp: int) -> None:
         self.link, self.cp = link, cp
         self.now = self.transfers_free = self.exposed = 0.0
 
     def compute(self, ms: float) -> None:
-        """Kernels run for so long."""
+        """Run kernels for ``ms``."""
         self.now += ms
 
     def issue(self, pattern: str, received: float) -> float:
-        """Start a transfer when the one before it is through; returns when it ends."""
+        """Start a transfer as soon as the one before it has ended; returns the time when it ends."""
         self.transfers_free = max(self.now, self.transfers_free) + self.link.time(pattern, received, self.cp)
         return self.transfers_free
 
     def wait(self, end: float) -> None:
-        """What follows needs something that ends then."""
+        """Let kernels wait until time ``end``, when something that they need is there."""
         self.exposed += max(0.0, end - self.now)
         self.now = max(self.now, end)
 
@@ -207,11 +212,11 @@ class CostModel:
     """Predicts one attention layer under context parallelism.
 
     Attributes:
-        kernels: one GPU's times. link: between ranks.
+        kernels: one GPU's times. link: the link between ranks.
         config: block sizes, the layout and how compressed tokens travel.
         itemsize: bytes of an element of q, k and v.
-        agreement_step_ms: of the hosts' agreement for every rank beyond one.
-        new_layout: the call is the first with its layout, and the hosts agree before anything is sent.
+        agreement_step_ms: what every rank beyond one adds to the hosts' agreement.
+        new_layout: whether the call is the first with its layout, so that the hosts agree before anything is sent.
     """
 
     kernels: KernelTimes
@@ -222,7 +227,7 @@ class CostModel:
     new_layout: bool = False
 
     def predict(self, pass_: str, tokens: int, cp: int) -> Prediction:
-        """The ``forward`` or ``backward`` of a sequence of ``tokens`` over ``cp`` >= 2 ranks."""
+        """Predict the ``forward`` or ``backward`` of a sequence of ``tokens`` over ``cp`` >= 2 ranks."""
         assert cp > 1, "one rank has nothing to communicate: see KernelTimes.total"
         lanes = _Lanes(self.link, cp)
         (self._forward if pass_ == "forward" else self._backward)(lanes, tokens, cp)
@@ -234,14 +239,14 @@ class CostModel:
         ring = self.config.compressed_comm == "ring"
         steps, raw = self._steps(tokens)
         compressed = self._compressed_bytes(tokens)
-        # The hosts start to compare layouts. A new one they settle first, the answer to a known one is looked at in the end.
+        # The hosts start to compare layouts. For a new layout the answer is awaited here, for a known one at the end.
         agreed = self.agreement_step_ms * (cp - 1)
         if self.new_layout:
             lanes.wait(agreed)
-        # Halo rows of compression and window; nothing can be computed before they are there.
+        # Halo rows of compression and window; nothing can be computed before they have arrived.
         self._fetch_halo(lanes, tokens, cp)
         lanes.compute(self._kernel("forward", "compression", tokens, cp))
-        # The compressed tokens set out, to all ranks or to the next one, and behind them the first groups' raw rows.
+        # Compressed tokens are sent, to all ranks or to the next one, and then raw rows of the first slice of groups.
         tokens_there = self._pass_on(lanes, compressed / cp) if ring else self._gather(lanes, compressed, cp)
         raw_there = self._gather(lanes, raw, cp)
         # The window computes while they travel.
@@ -254,17 +259,17 @@ class CostModel:
         # All compressed keys are there: the choice of blocks needs no transfer.
         lanes.compute(self._kernel("forward", "selection", tokens, cp))
         for step in range(steps):
-            # The next groups' rows set out before these are awaited.
+            # The next slice's rows are sent before this slice's are awaited.
             following = self._gather(lanes, raw, cp) if step + 1 < steps else 0.0
             self._arrive(lanes, raw_there, raw)
             lanes.compute(self._kernel("forward", "selected", tokens, cp) / steps)
             raw_there = following
         lanes.compute(self._kernel("forward", "gating", tokens, cp))
-        # All kernels are queued, so the hosts' answer delays the call only if these have ended before it is there.
+        # All kernels are queued, so the hosts' answer delays the call only if it comes after they have ended.
         lanes.wait(agreed)
 
     def _compressed_by_shards(self, lanes: _Lanes, arrival: float, tokens: int, cp: int) -> None:
-        """The ring: compressed attention shard by shard, each merged into a float32 output, and scoring's own normaliser."""
+        """The ring: compressed attention shard by shard, each merged into a float32 output; then scoring's own log-sum-exp."""
         heads, kernel = self.kernels.heads, self._kernel("forward", "compressed", tokens, cp)
         shard = self._compressed_bytes(tokens) / cp
         elements = tokens / cp * heads.num_heads * heads.v_dim
@@ -273,7 +278,7 @@ class CostModel:
                 # The next rank's shard is awaited and, but for the last, sent on before it is computed on.
                 lanes.wait(arrival)
                 arrival = self._pass_on(lanes, shard) if number + 1 < cp else 0.0
-            # Its keys go to the buffer that scoring reads.
+            # The shard's keys are copied to the buffer that scoring reads.
             lanes.compute(self._copy(2 * shard * heads.qk_dim / (heads.qk_dim + heads.v_dim)))
             # A merge scales the output (8 bytes an element), weights the part (4 and its own) and adds it (12).
             lanes.compute(kernel / cp + self._copy((24 + self.itemsize) * elements))
@@ -288,13 +293,13 @@ class CostModel:
         compressed = self._compressed_bytes(tokens)
         branches = {stage: self._kernel("backward", stage, tokens, cp) / steps for stage in ("window", "compressed", "selected")}
         dkv = {stage: (1 - QUERY_GRADIENT_SHARE) * ms for stage, ms in branches.items()}
-        # Part of the selected branch's dk, dv, but done for all groups at once.
+        # Sorting is part of the selected branch's dk, dv time, but is done for all groups at once.
         picks = tokens / cp * groups * self.config.num_selected_blocks
         sorting = min(self._copy(SORTED_BYTES * picks), steps * dkv["selected"])
         # Row sums and the gates' gradient come before the branches' backward begins.
         lanes.compute(self._kernel("backward", "gating", tokens, cp))
-        # Halo rows, kept from the forward, meet the own ones; the compressor runs again; its tokens and, behind them, the first
-        # groups' raw rows set out while the chosen blocks are sorted.
+        # Halo rows kept from the forward are merged with own rows; the compressor runs again; its tokens, and then the first
+        # slice's raw rows, are sent while the chosen blocks are sorted.
         lanes.compute(self._copy(2 * self._halo_buffers(tokens, cp)))
         lanes.compute(self._kernel("backward", "recompression", tokens, cp))
         tokens_there = self._gather(lanes, compressed, cp)
@@ -306,22 +311,22 @@ class CostModel:
             lanes.compute(dkv["window"])
             if step == 0:
                 self._arrive(lanes, tokens_there, compressed)
-            # Those of the compressed tokens. The next groups' rows set out, and the sums over the ranks.
+            # dk, dv of the compressed tokens. Then the next slice's rows are sent, and the sums over ranks start.
             lanes.compute(dkv["compressed"])
             following = self._gather(lanes, raw, cp) if step + 1 < steps else 0.0
             cmp_summed = self._scatter(lanes, compressed / steps, cp)
-            # Those of the selected branch; their sums travel while one kernel makes dq of all branches.
+            # dk, dv of the selected branch; their sums travel while one kernel makes dq of all branches.
             self._arrive(lanes, raw_there, raw)
             lanes.compute(dkv["selected"] - sorting / steps)
             under_way = self._scatter(lanes, raw, cp)
             if step + 1 == steps:
                 returned = self._return_halo(lanes, cmp_summed, tokens, cp)
             lanes.compute(QUERY_GRADIENT_SHARE * sum(branches.values()))
-            # The groups before must be through; these sums go on under the next. (The two sums end in their order.)
+            # The previous slice's sums must have ended; this slice's go on during the next. (The two sums end in their order.)
             lanes.wait(summed)
             summed, raw_there = under_way, following
         lanes.wait(summed)
-        # The halo's gradients. (Groups of selected rows are joined and rounded in one pass, which one GPU makes too.)
+        # The halo's gradients. (Slices of the selected branch's gradients are joined and rounded in one pass, as on one GPU.)
         lanes.wait(returned)
 
     def _return_halo(self, lanes: _Lanes, summed: float, tokens: int, cp: int) -> float:
@@ -329,7 +334,7 @@ class CostModel:
         halo rows, cut out of the buffers, go back; returns when they are there."""
         steps, raw = self._steps(tokens)
         lanes.wait(summed)
-        # Groups side by side: float32 gradients of the window's rows and of own compressed ones.
+        # Joining the slices of groups: float32 gradients of the window's rows and of own compressed tokens.
         joined = self._float32(raw * steps + self._compressed_bytes(tokens)) / cp
         lanes.compute(self._copy(2 * joined if steps > 1 else 0.0))
         lanes.compute(self._kernel("backward", "compression", tokens, cp))
@@ -337,29 +342,30 @@ class CostModel:
         return lanes.issue("exchange", self._float32(self._halo_bytes(cp)))
 
     def peak_gib(self, pass_: str, tokens: int, cp: int) -> float:
-        """At the fuller of two moments: all outputs held, one GPU's own peak, or rows of all ranks beside the rank's own."""
+        """Peak memory in GiB, at the worse of two moments: when all outputs are held (one GPU's peak, per rank), or when rows of
+        all ranks are held beside the rank's own."""
         own = self.kernels.bytes_per_token.get(pass_, 0.0) * tokens / cp
         if cp == 1:
             return own / GIB
-        # While gathered rows are held the gated sum is not there yet; in the backward the branches' outputs have made room, not
-        # all of which dq and gradients of own rows take.
+        # While gathered rows are held, the gated sum is not allocated yet; in the backward the branches' outputs have been freed,
+        # and dq and the gradients of own rows do not take all that room.
         beside = own - self.itemsize * tokens / cp * self.kernels.heads.num_heads * self.kernels.heads.v_dim
         steps, raw = self._steps(tokens)
         compressed = self._compressed_bytes(tokens)
-        # Raw rows of a step's groups: as they arrive, in order, and the next ones' arriving.
+        # Raw rows of a slice of groups: as received, in global order, and those of the next slice arriving.
         gathered = compressed + 3 * raw
         if pass_ == "backward":
-            # Their float32 gradients: as computed, as a message, and the message of the step before, still travelling.
+            # Their float32 gradients: as computed, as a message, and the previous slice's message, still under way.
             gathered += 3 * 4 / self.itemsize * (raw + compressed / steps)
         return max(own, beside + gathered) / GIB
 
     def _kernel(self, pass_: str, stage: str, tokens: int, cp: int) -> float:
-        """On the slowest rank: the last one of a contiguous cut holds the queries that see most."""
+        """Milliseconds of a stage on the slowest rank: in a contiguous cut the last one, whose queries see most."""
         uneven = 2 - 1 / cp if self.config.layout == "contiguous" and stage in QUADRATIC else 1.0
         return self.kernels.at(pass_, stage, tokens) * uneven / cp
 
     def _fetch_halo(self, lanes: _Lanes, tokens: int, cp: int) -> None:
-        """Fetch halo rows and merge them with the own ones. (Their packing is nothing beside that.)"""
+        """Fetch halo rows and merge them with own rows. (Packing them takes next to nothing.)"""
         lanes.wait(lanes.issue("exchange", self._halo_bytes(cp)))
         lanes.compute(self._copy(2 * self._halo_buffers(tokens, cp)))
 
@@ -384,33 +390,34 @@ class CostModel:
         return lanes.issue("exchange", shard)
 
     def _float32(self, rows: float) -> float:
-        """Bytes of float32 gradients of rows of so many bytes."""
+        """Bytes of the float32 gradients of rows that take ``rows`` bytes."""
         return rows * 4 / self.itemsize
 
     def _copy(self, moved: float) -> float:
         return moved / self.kernels.copy_bytes_per_ms
 
     def _steps(self, tokens: int) -> tuple[int, float]:
-        """Into how many parts the groups are dealt, one after the other, and bytes of a part's raw keys and values."""
+        """Into how many slices the groups are cut, and bytes of one slice's raw keys and values over the whole sequence."""
         groups, group_bytes = self.kernels.heads.num_groups, self._raw_bytes(tokens)
         at_once = groups_a_step(groups, int(group_bytes))
         return groups // at_once, at_once * group_bytes
 
     def _raw_bytes(self, tokens: int) -> float:
-        """Keys and values of one group, whole sequence."""
+        """Bytes of the keys and values of one group, whole sequence."""
         return float(tokens * (self.kernels.heads.qk_dim + self.kernels.heads.v_dim) * self.itemsize)
 
     def _compressed_bytes(self, tokens: int) -> float:
-        """Compressed keys and values of all groups, whole sequence."""
+        """Bytes of the compressed keys and values of all groups, whole sequence."""
         return self._raw_bytes(tokens) * self.kernels.heads.num_groups / self.config.compress_stride
 
     def _halo_bytes(self, cp: int) -> float:
-        """What a rank with two chunks (zigzag) or one receives: window and compression rows of all groups, once if shared."""
+        """Bytes of halo rows that a rank with two chunks (zigzag) or one receives: those of the window and of compression, of all
+        groups, once if K/V are shared."""
         chunks = 2 if self.config.layout == "zigzag" and cp > 1 else 1
         depths = max(0, self.config.window_size - 1), self.config.compress_block_size - 1
         depth = max(depths) if self.config.shared_kv else sum(depths)
         return chunks * depth * self._raw_bytes(1) * self.kernels.heads.num_groups
 
     def _halo_buffers(self, tokens: int, cp: int) -> float:
-        """A rank's own rows of compression and of the window, which halo rows are merged with."""
+        """Bytes of a rank's own rows for compression and for the window, with which halo rows are merged."""
         return 2 * self._raw_bytes(tokens) * self.kernels.heads.num_groups / cp

@@ -1,4 +1,4 @@
-"""The cost model and the benchmarks' CSV files: kernel times out of them, and predictions beside every measured point."""
+"""Connects the cost model with the benchmarks' CSV files: reads kernel times, and compares predictions with measurements."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nsa_cp.bench.cost_model import UNIT, CostModel, KernelTimes, fit_kernel_tim
 from nsa_cp.bench.inputs import HeadLayout
 
 _HEADS = ("num_heads", "num_groups", "qk_dim", "v_dim")
-# What is read of either file.
+# Columns that are read of ``attention.csv`` and of ``context_parallel.csv``.
 ATTENTION_COLUMNS = ("seq_len", *_HEADS, "inputs", "impl", "stage", "pass", "p50_ms", "peak_gib")
 PARALLEL_COLUMNS = ("seq_len", *_HEADS, "cp", "tp", "layout", "comm", "pass", "p50_ms", "exposed_ms", "peak_gib")
 
@@ -66,20 +66,23 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 
 
 def kernel_times(attention: Sequence[dict[str, str]], heads: HeadLayout, one_gpu: Sequence[dict[str, str]] = ()) -> KernelTimes:
-    """Kernel times from rows of ``attention.csv`` (random inputs), for shares of stages and, without ``one_gpu``, for totals.
+    """Kernel times from benchmark rows.
 
     Args:
-        one_gpu: rows of ``context_parallel.csv``; its measurements on one GPU then give totals and memory, because they were
-            made on the GPUs that ran in parallel.
+        attention: rows of ``attention.csv``, of which those of random inputs give the shares of the stages and, without
+            ``one_gpu``, the totals.
+        heads: whose rows to take.
+        one_gpu: rows of ``context_parallel.csv``. Its measurements on one GPU, if there are any, give totals and memory, because
+            they were made on the GPUs that ran in parallel.
 
     Raises:
-        ValueError: no rows of these heads, or none of stages.
+        ValueError: no rows of stages for these heads.
     """
     own = [row for row in attention if row["impl"] == "nsa" and row["inputs"] == "random" and _heads(row) == heads]
     lengths = [int(row["seq_len"]) for row in own if row["stage"] != "all"]
     if not lengths:
         raise ValueError(f"no stages of {heads} were measured; run nsa-cp bench attention --stages --heads {heads}")
-    # Of several lengths the one where stages weigh as they do where context parallelism is used.
+    # Of several lengths the one nearest to those for which context parallelism is used.
     nearest = min(lengths, key=lambda length: abs(length - UNIT))
     stages = {
         (row["pass"], row["stage"]): float(row["p50_ms"])
@@ -103,7 +106,7 @@ def kernel_times(attention: Sequence[dict[str, str]], heads: HeadLayout, one_gpu
 def compare(rows: Sequence[dict[str, str]], model: CostModel) -> Iterator[Compared]:
     """A prediction of ``model`` for every row of ``context_parallel.csv`` measured on several GPUs with its kernels' heads.
 
-    Layout and transport are the row's. The benchmark repeats one layout, so the model's ``new_layout`` should be off.
+    Layout and transport are taken from the row. The benchmark repeats one layout, so the model's ``new_layout`` should be off.
     """
     for row in rows:
         if row["comm"] == ONE_GPU or _heads(row) != model.kernels.heads:
@@ -130,9 +133,10 @@ def summary(compared: Sequence[Compared]) -> str:
 
 
 def prediction_table(models: dict[str, CostModel], seq_lens: Sequence[int], sizes: Sequence[int]) -> str:
-    """A Markdown table: a line for each length and number of ranks that leaves a rank 1024 tokens, three columns a named model.
+    """A Markdown table with a line for each length and number of ranks that leaves at least 1024 tokens a rank, and three columns
+    for each named model.
 
-    Memory is the first model's: they should differ in the link only.
+    Memory is the first model's: the models should differ in the link only.
     """
     heading = ["tokens", "CP", "GiB a rank", *(f"{name}: {what}" for name in models for what in ("ms", "exposed", "efficiency"))]
     lines = [f"| {' | '.join(heading)} |", f"|{'---|' * len(heading)}"]

@@ -1,4 +1,4 @@
-"""Benchmark inputs: random queries, whose neighbours choose independently, drifting ones, which agree, and a trained model's."""
+"""Benchmark inputs: random queries, whose neighbours choose independently; drifting ones, which agree; a trained model's."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from nsa_cp.ops.rope import apply_rope, rotary_tables
 from nsa_cp.study.agreement import neighbour_agreement
 
 KINDS = ("random", "drifting", "trained")
-# Agreement of neighbours that drifting inputs are made for.
+# Agreement of neighbouring queries' choices that drifting inputs aim at.
 AGREEMENT = 0.8
-# Tokens times groups on which they are calibrated, where the layout has as many.
+# Tokens times groups on which drifting inputs are calibrated, if the head layout has so many groups.
 _CALIBRATION_ROWS = 1 << 18
 _TRAINED_KEYS = ("q", "k", "v", "gates", "k_weights", "v_weights", "config")
-# Of a trained file's settings: those that must be the benchmark's, and those that the benchmark takes over.
+# A trained file's settings: _SIZES must equal the benchmark's, _FORMS are taken over from the file.
 _SIZES = (
     "compress_block_size", "compress_stride", "select_block_size", "num_selected_blocks", "num_init_blocks",
     "num_local_blocks", "window_size",
@@ -60,10 +60,10 @@ class HeadLayout:
         return cls(num_heads, num_groups, qk_dim, v_dim)
 
     def shard(self, ranks: int) -> HeadLayout:
-        """The part of each of so many tensor-parallel ranks.
+        """The heads of one of ``ranks`` tensor-parallel ranks.
 
         Raises:
-            ValueError: groups that do not divide over them.
+            ValueError: the groups do not divide over the ranks.
         """
         if self.num_groups % ranks:
             raise ValueError(
@@ -92,7 +92,7 @@ class AttentionInputs:
 
     @property
     def leaves(self) -> list[torch.Tensor]:
-        """Everything a backward pass gives a gradient."""
+        """All tensors for which a backward pass computes a gradient."""
         return [self.q, *self.k, *self.v, self.gates, *self.k_weights, *self.v_weights]
 
 
@@ -111,8 +111,8 @@ def make_inputs(
 
     Args:
         kind: ``random``: queries of neighbouring tokens are independent; ``drifting``: they change so slowly that a query
-            keeps about 80% of the blocks its predecessor chose freely; ``trained``: what one layer of a trained model makes
-            of a text, see :func:`trained_inputs`.
+            keeps about 80% of the blocks its predecessor chose freely; ``trained``: tensors of one layer of a trained model
+            on a text, see :func:`trained_inputs`.
         trained_file: the file of ``trained`` inputs.
 
     Raises:
@@ -150,7 +150,7 @@ def make_inputs(
 
 
 def trained_inputs(path: Path, config: NSAConfig, heads: HeadLayout, grad: torch.Tensor) -> AttentionInputs:
-    """One layer's tensors from a file, tiled or cut to the length of ``grad`` [S, N, Dv], on its device and in its dtype.
+    """One layer's tensors from a file, repeated or cut to the length of ``grad`` [S, N, Dv], on its device and in its dtype.
 
     Args:
         path: a ``torch.save`` of a dict: ``q`` [T, N, Dk]; ``k`` and ``v``, tuples of [T, G, Dk] and [T, G, Dv] for each
@@ -159,7 +159,7 @@ def trained_inputs(path: Path, config: NSAConfig, heads: HeadLayout, grad: torch
         config: settings to measure with. Its compressor and shared_kv must be the file's (:func:`trained_config`).
 
     Raises:
-        ValueError: a file of another form, heads, or settings; the message says both.
+        ValueError: a file of another format, or with other heads or settings; the message gives both.
     """
     saved = _read_trained(path)
     saved_config = trained_config(path, config)
@@ -170,7 +170,8 @@ def trained_inputs(path: Path, config: NSAConfig, heads: HeadLayout, grad: torch
     if found != heads:
         raise ValueError(f"{path} holds heads {found}, not {heads}; measure with --heads {found}")
     if saved.get("rotary"):
-        # The benchmark's attention has no rotation of its own. Keys are then compressed after it, as compressed_rope = "before".
+        # The benchmark's attention does not rotate, so q and k are rotated here; keys are then compressed as under
+        # compressed_rope = "before".
         position = torch.arange(q.shape[0], dtype=torch.int32)
         tables = rotary_tables(position, RotaryConfig(**saved["rotary"]), q.shape[-1], torch.float32)
         q, k = apply_rope(q, *tables), tuple(apply_rope(x, *tables) for x in k)
@@ -189,10 +190,10 @@ def trained_inputs(path: Path, config: NSAConfig, heads: HeadLayout, grad: torch
 
 
 def trained_config(path: Path, config: NSAConfig) -> NSAConfig:
-    """``config`` with the file's compressor and sharing of K/V, which its tensors have; sizes must be equal.
+    """``config`` with the file's compressor, sharing of K/V and kind of gate, to which its tensors belong; sizes must be equal.
 
     Raises:
-        ValueError: no such file, another form, or other sizes; the message names both and the remedy.
+        ValueError: no such file, another format, or other sizes; the message gives both and the remedy.
     """
     saved = _read_trained(path)["config"]
     other = {name: (saved[name], getattr(config, name)) for name in _SIZES if saved[name] != getattr(config, name)}
@@ -216,7 +217,8 @@ def _read_trained(path: Path) -> dict[str, Any]:
 
 
 def smooth(q: torch.Tensor, memory: float) -> torch.Tensor:
-    """A stationary first-order process of unit variance along the tokens: correlation ``memory`` between neighbours."""
+    """Turn independent normal rows ``q`` [T, N, D] into a stationary first-order process along the tokens: unit variance,
+    correlation ``memory`` between neighbours."""
     length = min(256, q.shape[0])
     step = torch.arange(length, device=q.device)
     decay = (memory ** (step[:, None] - step).clamp(min=0).float()).tril()
@@ -235,10 +237,11 @@ def smooth(q: torch.Tensor, memory: float) -> torch.Tensor:
 def memory_for_agreement(
     config: NSAConfig, heads: HeadLayout, seq_len: int, target: float, device: torch.device, dtype: torch.dtype
 ) -> float:
-    """The correlation of neighbouring queries at which they agree to ``target``, by bisection; recent answers are kept.
+    """The correlation of neighbouring queries at which their choices agree to ``target``, by bisection. Recent results are
+    cached.
 
-    The same queries agree less the more blocks there are, so the sequence has the full length. Slow queries are few
-    independent ones: short sequences are tried with several K/V groups, of long ones a group or two is enough.
+    The same queries agree less the more blocks there are, so it is calibrated at the full length. Slowly changing queries are
+    effectively few samples, so short sequences take several K/V groups; for long ones a group or two is enough.
 
     Raises:
         ValueError: a sequence so short that no query has a choice, or one on which no correlation gives the target.

@@ -1,4 +1,4 @@
-"""What a measurement was made on: GPU, versions, commit."""
+"""Describes what a measurement was made on: GPU, versions of packages, commit."""
 
 from __future__ import annotations
 

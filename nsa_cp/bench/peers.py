@@ -1,6 +1,6 @@
-"""Other implementations to measure beside ours: PyTorch's dense attention, and public NSA packages where they are installed.
+"""Other implementations to measure beside ours: PyTorch's dense attention, and public NSA packages if they are installed.
 
-Each takes our inputs as far as it can; ``differs`` says what it computes otherwise. None is needed, none is ever installed.
+Each takes our inputs as far as it can; ``differs`` says what it computes differently. The packages are optional.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Peer:
     """An implementation to compare with.
 
     Args:
-        make: from settings and heads a function of inputs to (out [S, N, Dv], the leaves that its backward gives gradients).
-            Raises ImportError where the package is missing, ValueError for what the package cannot do.
-        differs: what it does not compute as our inputs ask, for the reader of the table; empty where it does.
+        make: from settings and heads makes a function from inputs to (out [S, N, Dv], leaves to differentiate by). Raises
+            ImportError if the package is missing, ValueError for what the package cannot do.
+        differs: what it computes differently from ours, for readers of the table; empty if nothing.
     """
 
     make: Callable[[NSAConfig, HeadLayout], Forward]
@@ -103,7 +103,7 @@ PEERS = {
 
 
 def make_peer(name: str, config: NSAConfig, heads: HeadLayout) -> Forward | str:
-    """The peer's function, or why it cannot be measured here, in one line."""
+    """The peer's function, or one line on why it cannot be measured here."""
     try:
         return PEERS[name].make(config, heads)
     except Exception as error:  # whatever a foreign package does when it is imported
@@ -111,5 +111,5 @@ def make_peer(name: str, config: NSAConfig, heads: HeadLayout) -> Forward | str:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error with its kind."""
+    """The type of an error and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"

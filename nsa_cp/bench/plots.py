@@ -15,7 +15,7 @@ _INK, _MUTED, _GRID = "#0b0b0b", "#52514e", "#e1e0d9"
 
 
 def plot_attention(path: Path, folder: Path) -> list[Path]:
-    """Draw what the CSV of ``nsa-cp bench attention`` holds; returns the PNG files written to ``folder``.
+    """Draw the CSV file ``path`` of ``nsa-cp bench attention``; returns the PNG files written to ``folder``.
 
     ``attention_time.png`` and ``attention_speedup.png`` need two lengths or more of a head layout, ``attention_stages.png``
     needs rows made with ``--stages``.

@@ -1,4 +1,4 @@
-"""Communication switched off: transfers answered at once with what a real run received, so that only their time is missing."""
+"""Runs context parallelism with communication switched off: transfers return at once what they received in an earlier run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from nsa_cp.context_parallel import transfer
 
 
 class RecordedTransfers:
-    """What the transfers of one run received, in the order they were issued.
+    """What the transfers of one run received, in the order in which they were issued.
 
-    The recorded buffers themselves are handed out: nothing is copied, sent or filled, and the kernels see the data they saw
-    in the real run. What remains is all of the local work: kernels, packing of messages and reordering of what arrived.
+    A replay hands out the recorded buffers themselves: nothing is copied, sent or filled, and the kernels see the data of the
+    real run. All local work remains: kernels, packing of messages and reordering of what arrived.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class RecordedTransfers:
 
     @contextlib.contextmanager
     def record(self) -> Iterator[None]:
-        """Run real transfers in the block and remember what they receive."""
+        """Run the transfers of the ``with`` block for real and remember what they receive."""
         original = transfer.issue
 
         def issue(
@@ -42,10 +42,10 @@ class RecordedTransfers:
 
     @contextlib.contextmanager
     def replay(self) -> Iterator[None]:
-        """Answer the transfers of the block from memory; it must issue those of the recorded run, in that order.
+        """Answer the transfers of the ``with`` block from memory; it must issue those of the recorded run, in the same order.
 
         Raises:
-            ValueError: other transfers than the recorded ones.
+            ValueError: a transfer that was not recorded at this place.
         """
         answers = iter(self._received)
 

@@ -1,4 +1,4 @@
-"""Benchmark rows as CSV files."""
+"""Writes benchmark rows as CSV files."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 
 def write_csv(row_type: type, rows: Sequence[Any], path: Path) -> None:
-    """Write rows, instances of the dataclass ``row_type``, under a header of its field names; makes the folder.
+    """Write rows, instances of the dataclass ``row_type``, under a header of its field names; creates the folder if needed.
 
-    A trailing underscore, which keeps a field's name from being a keyword of Python, is left out of the header.
+    The header leaves out trailing underscores of field names, which only avoid keywords of Python (``pass_``).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""Each stage of Native Sparse Attention alone, on what the stages before it make of the inputs."""
+"""Calls that run each stage of Native Sparse Attention alone, on the results of the stages before it, for timing."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ Call = Callable[[], object]
 def stage_passes(config: NSAConfig, x: AttentionInputs) -> Iterator[tuple[str, str, Call]]:
     """``(stage, "forward" or "backward", call)`` of every stage in order; selection has no backward.
 
-    A branch's backward alone includes its own row sums of ``grad * out`` and a query gradient of its own, rounded to the inputs'
-    dtype, which the whole does once for all branches. Gating's is what the whole does: row sums and the gates' gradient; no
-    gradient of a branch is written.
+    Stages do not add up to the whole: a branch's backward alone includes its own row sums of ``grad * out`` and its own query
+    gradient, rounded to the inputs' dtype, which the whole computes once for all branches. Gating's backward is the whole's: row
+    sums and the gradient of the gates, without gradients of the branches' outputs.
     """
     backend = config.backend
     slc, win = 1 % len(x.k), 2 % len(x.k)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-# What a kernel belongs to, by parts of its name: the first stage that matches. Everything else is packing and sums of torch's.
+# A kernel belongs to the first stage of which a part occurs in its name; all others are torch's, for packing and sums.
 STAGES = {
     "transfers": ("nccl",),
     "compression": ("block_product", "block_mean", "block_weight_gradient", "block_row_gradient", "activation_gradient"),
@@ -44,7 +44,8 @@ class Kernel(NamedTuple):
 
 
 class Overlap(NamedTuple):
-    """Milliseconds of one rank: any NCCL kernel running, of those with a compute kernel beside it, and the rest; the span."""
+    """Milliseconds of one rank: in which an NCCL kernel ran (transfers), of those with a compute kernel beside it (hidden) and
+    without (exposed); in which a compute kernel ran (compute); and from the first kernel's start to the last one's end (span)."""
 
     transfers_ms: float
     hidden_ms: float
@@ -54,10 +55,10 @@ class Overlap(NamedTuple):
 
 
 def trace_kernels(step: Callable[[], object], start_together: Callable[[], object]) -> list[Kernel]:
-    """Run ``step`` once under torch's profiler, warmed up before, and return what ran on this process's GPU.
+    """Run ``step`` (warmed up by the caller) once under torch's profiler and return the kernels that ran on this process's GPU.
 
-    Profilers start at different times on different ranks: ``start_together``, a collective, is run and waited for before, under
-    the profiler too, and its kernels are left out.
+    Profilers start at different times on different ranks, so ``start_together``, a collective, is run and waited for under the
+    profiler first; its kernels are left out.
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -83,7 +84,7 @@ def _step_start(trace: dict[str, Any]) -> float:
 
 
 def parse_trace(trace: Any) -> list[Kernel]:
-    """Kernels and copies of a trace in Chrome's format, ascending by start; other and incomplete events are passed over.
+    """Kernels and copies of a trace in Chrome's format, ascending by start; other events and incomplete ones are skipped.
 
     Args:
         trace: the parsed JSON: a list of events, or an object that holds one as ``traceEvents``.
@@ -111,7 +112,7 @@ def stage_of(name: str) -> str:
 
 
 def overlap_of(kernels: Iterable[Kernel]) -> Overlap:
-    """How much of the time of NCCL's kernels had a compute kernel beside it. Time waiting for other ranks counts as NCCL's."""
+    """How much of the time of NCCL's kernels had a compute kernel beside it. NCCL's waiting for other ranks is included."""
     kernels = list(kernels)
     transfers = _union((k.start, k.end) for k in kernels if k.stage == TRANSFERS)
     compute = _union((k.start, k.end) for k in kernels if k.stage != TRANSFERS)
@@ -122,7 +123,7 @@ def overlap_of(kernels: Iterable[Kernel]) -> Overlap:
 
 
 def draw_timeline(ranks: list[list[Kernel]], title: str, path: Path) -> None:
-    """A picture with two lanes a rank, compute above transfers, coloured by stage; times from the first kernel of any rank."""
+    """Draw two lanes for each rank, compute above transfers, coloured by stage; time begins with the first kernel of any rank."""
     from nsa_cp.bench.plots import _MUTED, _axes, _finish
 
     figure, axes = _axes(title, "")
@@ -159,7 +160,7 @@ def draw_timeline(ranks: list[list[Kernel]], title: str, path: Path) -> None:
 
 
 def _union(intervals: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Disjoint intervals that cover the same, ascending."""
+    """Merge intervals into disjoint, ascending ones that cover the same time."""
     merged: list[tuple[float, float]] = []
     for start, end in sorted(intervals):
         if merged and start <= merged[-1][1]:

@@ -19,7 +19,7 @@ class Timing(NamedTuple):
 
 
 def measure(call: Callable[[int], object], device: torch.device, *, warmup: int = 2, repetitions: int = 10) -> Timing:
-    """Time ``call(i)``, i the number of the repetition, so that the caller can rotate its inputs."""
+    """Percentiles of the time of ``call(i)``; i is the number of the repetition, by which the caller can rotate its inputs."""
     for i in range(warmup):
         call(i)
     if device.type != "cuda":
@@ -34,7 +34,7 @@ def measure(call: Callable[[int], object], device: torch.device, *, warmup: int 
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> float:
-    """Peak of allocated memory during ``call`` in GiB, what was allocated before it included; 0 on a CPU."""
+    """Peak of allocated memory during ``call`` in GiB, including what was allocated before it; 0 on a CPU."""
     if device.type != "cuda":
         call()
         return 0.0

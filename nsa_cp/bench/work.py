@@ -1,4 +1,4 @@
-"""How much work each stage cannot avoid: floating-point operations, bytes of memory traffic, and the floor they set on time."""
+"""The least work of each stage, floating-point operations and bytes of memory traffic, and the floor it sets on time."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ FLOOR_TFLOPS, FLOOR_TB_PER_S = 650.0, 3.0
 
 
 class Work(NamedTuple):
-    """Operations (a multiply-add is two) and bytes: every tensor that goes in or comes out counted once, in memory."""
+    """Floating-point operations (a multiply-add is two), and bytes: every input and output tensor is read or written once."""
 
     flops: float
     bytes: float
 
     @property
     def floor_ms(self) -> float:
-        """The longer of the two at an H100's rates."""
+        """Milliseconds that an H100 needs at least: the longer of the times for operations and for bytes."""
         return max(self.flops / FLOOR_TFLOPS, self.bytes / FLOOR_TB_PER_S) * 1e-9
 
     def tflops(self, ms: float) -> float:
-        """The rate reached by a stage that took ``ms``."""
+        """The rate in TFLOP/s of a stage that took ``ms``."""
         return self.flops / ms * 1e-9
 
 
 def visible_pairs(config: NSAConfig, seq_len: int) -> dict[str, int]:
-    """(query, key) pairs of one head in one sequence, by branch; ``dense`` is full causal attention."""
+    """Number of visible (query, key) pairs of one head in one sequence, by branch; ``dense`` is full causal attention."""
     token = np.arange(seq_len, dtype=np.int64)
     block, first = config.select_block_size, config.compress_block_size - 1
     blocks = np.minimum(config.num_selected_blocks, token // block + 1)
@@ -76,7 +76,7 @@ def stage_work(config: NSAConfig, heads: HeadLayout, seq_len: int, itemsize: int
 
 
 def _compression_flops(config: NSAConfig, width: int) -> float:
-    """Of one compressed token of one group; the hidden layer is as wide as the head."""
+    """Operations for one compressed token of one group; the hidden layer of ``mlp`` is as wide as the head."""
     length = config.compress_block_size
     first = 2.0 * length * width * width
     return {"mean": 1.0 * length * width, "linear": first, "mlp": first + 2.0 * width * width}[config.compressor]

@@ -1,1 +1,1 @@
-"""The ``nsa-cp`` command."""
+"""The ``nsa-cp`` command; it starts in ``main.py``."""

@@ -1,4 +1,4 @@
-"""Arguments that several commands take: kinds of numbers, paths, and the attention's sizes."""
+"""Command-line arguments that several commands share: checked numbers, paths, devices, and the attention's sizes."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _SIZES = (
 
 
 def add_sizes(parser: argparse.ArgumentParser) -> None:
-    """Add an option for each of the attention's sizes; without it NSAConfig's default holds."""
+    """Add an option for each of the attention's sizes. One that is not given leaves NSAConfig's default."""
     for name in _SIZES:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=None, metavar="N")
 
 
 def given_sizes(arguments: argparse.Namespace) -> dict[str, int]:
-    """The attention's sizes that the command line gives, by NSAConfig's names."""
+    """The attention's sizes given on the command line, by their names in NSAConfig."""
     return {name: size for name in _SIZES if (size := getattr(arguments, name)) is not None}
 
 
 def place(text: str) -> Path:
-    """A file or a folder; ``--csv=~/rows.csv`` is one in the home folder, though shells leave its ``~`` as it is."""
+    """Argument type of a file or folder. Expands a leading ``~``, which a shell leaves alone in ``--csv=~/rows.csv``."""
     try:
         return expanded(text)
     except UserError as error:
@@ -39,29 +39,29 @@ def place(text: str) -> Path:
 
 
 def positive(text: str) -> int:
-    """An argument that counts something: at least 1."""
+    """Argument type of a count: a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
     return int(text)
 
 
 def rate(text: str) -> float:
-    """An argument in units a second: finite and above 0."""
+    """Argument type of a rate in units a second: finite and above 0."""
     return _above_0(text, ", so nothing would ever arrive; give a rate, for example 50")
 
 
 def factor(text: str) -> float:
-    """A factor or a learning rate: finite and above 0."""
+    """Argument type of a factor or a learning rate: finite and above 0."""
     return _above_0(text, "; give for example 0.001")
 
 
 def seconds(text: str) -> float:
-    """An argument in seconds: finite and above 0."""
+    """Argument type of a time in seconds: finite and above 0."""
     return _above_0(text, "; give seconds, for example 0.5")
 
 
 def duration(text: str) -> float:
-    """An argument in milliseconds: finite, 0 or more."""
+    """Argument type of a time in milliseconds: finite, 0 or more."""
     value = _number(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is less than 0; give milliseconds, for example 0.05")
@@ -86,7 +86,7 @@ def _number(text: str) -> float:
 
 
 def chosen_device(name: str) -> torch.device:
-    """The device of ``--device``: ``cuda``, ``cpu``, or empty for CUDA where it is there.
+    """The device that ``--device`` names: ``cuda`` or ``cpu``; if empty, CUDA where it is available.
 
     Raises:
         UserError: another name, or CUDA where there is none.

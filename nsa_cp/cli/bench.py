@@ -19,7 +19,7 @@ _HEADER = (
 )
 
 
-# What is measured unless said otherwise, by type of device; on a CPU, where nothing is fast, just enough to see the command work.
+# Defaults by type of device. On a CPU, where nothing is fast, just enough to see the command work.
 _DEFAULTS = {
     "cuda": {
         "seq_lens": [8192, 65536], "heads": ["64/4x128"], "impls": ["nsa", "dense_cudnn", "dense_flash"], "dtype": "bfloat16",
@@ -101,7 +101,7 @@ def _attention(arguments: argparse.Namespace) -> int:
 
 
 def _line(row: Row, work: dict[tuple[str, str], Work]) -> str:
-    """A row of the table; on a GPU with rates and floors for ours and dense attention, whose work is known."""
+    """A row of the printed table. On a GPU, for our attention and dense attention (whose work is known), with rate and floor."""
     heads = f"{row.num_heads}/{row.num_groups}x{row.qk_dim}/{row.v_dim}"
     line = (
         f"{row.seq_len:>8} {heads:>14} {row.inputs:>9} {row.agreement:>6.2f} {row.impl:>12} {row.stage:>12} "

@@ -1,4 +1,4 @@
-"""``nsa-cp bench context-parallel``, ``timeline`` and ``cost-model``."""
+"""The commands ``nsa-cp bench context-parallel``, ``timeline`` and ``cost-model``."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def _joined(arguments: argparse.Namespace) -> Iterator[Settings]:
-    """Settings of a measurement among the processes of torchrun, joined in a process group for as long as the block lasts."""
+    """Join torchrun's processes in a process group for the ``with`` block, and yield the settings of the measurement."""
     import torch
     import torch.distributed as dist
 
@@ -143,7 +143,7 @@ def _joined(arguments: argparse.Namespace) -> Iterator[Settings]:
 
 
 def _context_parallel_group(tp: int) -> dist.ProcessGroup:
-    """This process's; neighbouring ranks are tensor-parallel ones, as Megatron orders them."""
+    """This process's context-parallel group. Neighbouring ranks are tensor-parallel ones, as Megatron orders them."""
     import torch.distributed as dist
 
     if tp == 1:
@@ -155,7 +155,7 @@ def _context_parallel_group(tp: int) -> dist.ProcessGroup:
 
 
 def _high_priority() -> dist.ProcessGroupNCCL.Options:
-    """Transfers' kernels go before the attention's, as docs/context-parallel.md asks of every user."""
+    """Options that let the kernels of transfers go before the attention's, as docs/context-parallel.md recommends."""
     import torch.distributed as dist
 
     return dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
@@ -181,7 +181,7 @@ def _context_parallel(arguments: argparse.Namespace) -> int:
             if first:
                 print(_line(measured), flush=True)
                 if arguments.csv:
-                    # After every row, so that a run that is cut off leaves what it measured.
+                    # Written anew after every row, so that a run that is cut off leaves what it measured.
                     write_csv(Row, rows, arguments.csv)
         if arguments.csv and first:
             plots = plot_context_parallel(arguments.csv, arguments.csv.parent)
@@ -286,7 +286,7 @@ def _cost_model(arguments: argparse.Namespace) -> int:
 
 
 def _measurements(arguments: argparse.Namespace) -> list[dict[str, str]]:
-    """The rows of --csv; only the default file may be missing, where nothing is compared with it."""
+    """The rows of --csv. Only the default file may be missing, and only without --check."""
     from nsa_cp.bench import cost_model_data as data
 
     if arguments.csv is None and not arguments.check and not _PARALLEL_CSV.is_file():

@@ -14,7 +14,7 @@ import nsa_cp
 
 
 def report() -> str:
-    """One ``name: value`` line for each fact."""
+    """The report of ``nsa-cp env``: one line ``name: value`` for each version, device or launcher."""
     facts = {
         "nsa-cp": nsa_cp.__version__,
         "python": f"{platform.python_version()} on {platform.platform()}",

@@ -1,4 +1,4 @@
-"""The command line: ``nsa-cp train | eval | bench | study | env``. Errors of the input are one sentence and exit code 2."""
+"""The command line: ``nsa-cp train | eval | bench | study | env``. Bad input ends in one sentence and exit code 2."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments; the process's own when None.
 
     Returns:
-        Exit code: 0, or 2 for bad input. Faults of the program itself raise.
+        The exit code: 0, 2 for bad input, or 1 if a command reports failure (failed runs, a failed check). Faults of the
+        program itself raise.
     """
-    # Before Megatron-Core is imported: it warns, module by module, that optional packages are missing.
+    # Before Megatron-Core is imported, which warns in each of its modules that optional packages are missing.
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\..*")
     try:
         arguments = _parse(argv)
@@ -39,14 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports like every other error of the input: one sentence, on one process."""
+    """Reports wrong arguments like all other bad input: as a UserError, hence in one sentence and on one process."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the arguments; settings may stand before and after options, which argparse alone does not allow."""
+    """Parse the arguments. ``key=value`` settings may stand before and after options, which argparse alone does not allow."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     options = [item for item in rest if item.startswith("-")]
@@ -97,7 +98,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config, arguments.overrides)
     _prepare_device(config.train.device)
-    # Megatron-Core takes seconds to import, which an error in the YAML need not wait for.
+    # Imported late: Megatron-Core takes seconds, which the report of an error in the YAML need not wait for.
     from nsa_cp.training.loop import train
 
     train(config, resume=arguments.resume, overwrite=arguments.overwrite)
@@ -113,7 +114,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             f"{folder} is not a run: it has no config.yaml; give a folder that nsa-cp train made, for example runs/quickstart"
         )
     config = load_config(folder / "config.yaml", arguments.overrides)
-    # The folder is what was given, wherever the run has been moved to since.
+    # The run may have been moved since it was made: its folder is the one given here.
     config = config.model_copy(update={"runs_dir": str(folder.parent), "name": folder.name})
     _prepare_device(config.train.device)
     from nsa_cp.training.loop import evaluate
@@ -140,7 +141,7 @@ def _prepare_device(wanted: str) -> None:
 
 
 def _speaks() -> bool:
-    """One process a machine reports errors: what is wrong is wrong everywhere, except a file missing on one machine."""
+    """Whether this process reports errors. One per machine does: most errors occur everywhere, a missing file on one machine."""
     return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
 
 

@@ -63,7 +63,7 @@ def _study(arguments: argparse.Namespace) -> int:
     if arguments.list:
         return _list(study, store.path)
     device = chosen_device(arguments.device)
-    # Found out before hours of runs.
+    # Now, so that a folder that cannot be made is reported before hours of runs.
     arguments.out.mkdir(parents=True, exist_ok=True)
     from nsa_cp.study.workers import Table
     from nsa_cp.training.signals import StopRequest
@@ -88,7 +88,7 @@ def _study(arguments: argparse.Namespace) -> int:
 
 
 def _chosen(arguments: argparse.Namespace) -> Study:
-    """The study as the options change and restrict it."""
+    """The study with the changes and restrictions that the options ask for."""
     from dataclasses import replace
 
     from nsa_cp.study.studies import build_study, scale_steps
@@ -110,7 +110,7 @@ def _chosen(arguments: argparse.Namespace) -> Study:
 
 
 def _filters(texts: list[str], study: Study) -> dict[str, list]:
-    """``arm=a,b lr=x seed=0`` as arguments of ``Study.restricted``."""
+    """The texts of --only (``arm=a,b lr=x seed=0``) as arguments of ``Study.restricted``."""
     known = {
         "arm": ("arms", str, [arm.name for arm in study.arms]),
         "lr": ("lrs", float, list(study.lrs)),

@@ -1,4 +1,7 @@
-"""Context parallelism: who holds which rows, and how the rows that others need travel. No kernels, no global groups."""
+"""Context parallelism: which rank holds which rows of a sequence, and how rows and gradients travel between ranks.
+
+Knows nothing of attention; uses no kernels and no global process groups. A row is one token's entry in a tensor [tokens, ...].
+"""
 
 from nsa_cp.context_parallel.agreement import start_agreement
 from nsa_cp.context_parallel.differentiable import exchange_halo, gather_rows

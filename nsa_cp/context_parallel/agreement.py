@@ -1,9 +1,9 @@
-"""Do all ranks mean the same call? Compared on the host, for every call, so that a difference is an error and not a hang.
+"""Checks that all ranks make the same call (layout, shapes, settings), so that a mismatch is an error instead of a hang.
 
-Every call of an attention starts an all-gather of eight bytes a rank between the hosts, over gloo. A rank that meets its
-layout for the first time waits for it before it sends anything else; a rank that repeats a layout looks at it when the call's
-kernels have been queued, by when it has usually arrived. So no rank waits for its GPU, and since each rank takes part in
-every call, one that repeats an old layout while another meets a new one is found too.
+Every attention call starts an all-gather of an eight-byte digest per rank between the hosts, over gloo. A rank that sees a call
+for the first time waits for the result before it sends anything else; a rank that repeats a call looks at it after queueing
+the call's kernels, when it has usually arrived. So no rank waits for its GPU; and since every rank takes part in every call, a
+rank that repeats an old call while another makes a new one is found too.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Agreement:
     """One comparison between the ranks of a group, under way from construction. Collective.
 
     Args:
-        digest: what to compare.
-        describe: says what this rank has, for the error.
+        digest: the number to compare, of at most 63 bits.
+        describe: tells what this rank has, for the error message.
         group: the ranks that compare.
     """
 
@@ -38,11 +38,11 @@ class Agreement:
             self._work = _gather_between_hosts(self._gathered, torch.tensor([digest]), group)
 
     def confirm(self) -> None:
-        """Wait for the other hosts, not for any GPU.
+        """Wait for the other ranks' hosts (not for any GPU) and compare.
 
         Raises:
             ValueError: on every rank, naming the ranks that differ from rank 0 of the group and what this rank has.
-            RuntimeError: a rank died or did not come within the group's timeout.
+            RuntimeError: a rank died or did not take part within the group's timeout.
         """
         with _lost_ranks_named():
             self._work.wait()
@@ -56,7 +56,7 @@ class Agreement:
 
 
 class NoAgreement:
-    """Of a process alone: nothing to compare."""
+    """Stands in for :class:`Agreement` on a single process, which has nothing to compare."""
 
     def confirm(self) -> None:
         """Nothing to do."""
@@ -65,14 +65,16 @@ class NoAgreement:
 def start_agreement(
     confirmed: dict[tuple, int], layout: SequenceLayout, facts: tuple, group: dist.ProcessGroup | None, device: torch.device
 ) -> Agreement | NoAgreement:
-    """Let all ranks of ``group`` compare ``layout`` and ``facts``; confirm the result when the call's kernels are queued.
+    """Let all ranks of ``group`` compare ``layout`` and ``facts``. Collective.
 
-    What this rank has not met before is confirmed here, before anything depends on it; on a CPU, where transfers block the
-    host, everything is.
+    Call ``confirm()`` on the result once the call's kernels are queued. What this rank has not met before is confirmed here,
+    before anything depends on it; on a CPU, where transfers block the host, everything is.
 
     Args:
-        confirmed: digests of what was met; the caller keeps it beside what it caches for the layout.
-        facts: shapes, dtypes and settings.
+        confirmed: digests of calls that were confirmed, by (group name, facts); the caller keeps this dict with what it caches
+            for the layout, and it is added to here.
+        facts: what else must be equal on all ranks: the kind of call, shapes, dtypes and settings. Hashable.
+        device: where the call computes.
 
     Raises:
         ValueError, RuntimeError: as :meth:`Agreement.confirm`.
@@ -97,21 +99,24 @@ def _digest(description: str) -> int:
 
 
 def connect(group: dist.ProcessGroup) -> None:
-    """NCCL sets up its connections in the first call of a group, and every rank must take part; a halo may need only some."""
+    """Make NCCL set up the group's connections. Collective.
+
+    NCCL does so in a group's first call, in which every rank must take part, and a halo exchange may involve only some.
+    """
     dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
 
 
-# Of every group that cannot move host memory itself: gloo between the same ranks. A group that nobody holds any more goes, and
-# its gloo with it: kept until the interpreter ends, their threads may outlive it, and the process aborts.
+# For every group that cannot move host memory itself, a gloo group of the same ranks. Weak keys, so that a gloo group goes with
+# its group: one kept until the interpreter ends has threads that may outlive it, and the process aborts.
 _gloo: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroupGloo] = weakref.WeakKeyDictionary()
-# Groups whose NCCL, if they have it, has set up its connections.
+# Groups that need no `connect` any more.
 _connected: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
-# How many groups of a name there have been: a name may be used again once its group is destroyed.
+# How many groups of each name there have been: a name may be used again once its group is destroyed.
 _named: collections.Counter[str] = collections.Counter()
 
 
 def _gather_between_hosts(gathered: list[torch.Tensor], mine: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
-    """Start to fill ``gathered`` with every rank's ``mine``. Collective."""
+    """Start an all-gather of ``mine`` into ``gathered``, both in host memory. Collective."""
     if group not in _connected:
         _connected.add(group)
         if "cuda:nccl" in dist.get_backend_config(group):
@@ -124,13 +129,13 @@ def _gather_between_hosts(gathered: list[torch.Tensor], mine: torch.Tensor, grou
 
 
 def _meet(group: dist.ProcessGroup) -> dist.ProcessGroupGloo:
-    """Gloo between the ranks of ``group``.
+    """A gloo group of the ranks of ``group``. Collective.
 
-    They meet under the group's name, not under a name of torch's making: those count the groups that a process belongs to, and
-    ranks may belong to different numbers of them.
+    They find each other in the store under the group's name. A name that torch makes up would not do: it counts the groups that a
+    process belongs to, and ranks may belong to different numbers of groups.
     """
     _named[group.group_name] += 1
-    # Its own timeout, where torch tells it; torch's default otherwise.
+    # The group's own timeout where torch reveals it, else torch's default.
     options = getattr(group._get_backend(torch.device("cuda")), "options", None)
     timeout = getattr(options, "_timeout", None) or dist.default_pg_timeout
     place = f"nsa_cp agreement/{group.group_name}/{_named[group.group_name]}"

@@ -1,4 +1,4 @@
-"""How this project writes autograd Functions: at the precision it chooses itself, and differentiable once."""
+"""Decorators for this project's autograd Functions: unaffected by autocast, and differentiable once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def exact_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def exact_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """The same for a backward, which also refuses to be differentiated again: its formulas hold for first derivatives."""
+    """The same for a backward. Differentiating it again raises an error, because only first derivatives are implemented."""
 
     @functools.wraps(backward)
     def run(ctx: Any, *gradients: Any) -> Any:

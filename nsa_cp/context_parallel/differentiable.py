@@ -1,4 +1,7 @@
-"""Gather and halo exchange as autograd Functions, for attentions that are composed of differentiable parts."""
+"""All-gather and halo exchange as autograd Functions, for attentions composed of differentiable parts.
+
+NSA's pipeline does not use these: it issues and awaits its transfers by hand, to overlap them with computation.
+"""
 
 from __future__ import annotations
 
@@ -46,15 +49,22 @@ class _ExchangeHalo(torch.autograd.Function):
 def gather_rows(
     tensors: Sequence[torch.Tensor], partition: RowPartition, group: dist.ProcessGroup | None
 ) -> tuple[torch.Tensor, ...]:
-    """Whole tensors [M, ...] in global row order from every rank's rows; gradients are reduce-scattered in float32."""
+    """Whole tensors [M, ...] in global row order, from every rank's rows of each. Collective.
+
+    Gradients are summed over ranks by a reduce-scatter in float32 (float64 for float64). Without a group: ``tensors`` unchanged.
+    """
     return tuple(tensors) if group is None else _GatherRows.apply(partition, group, *tensors)
 
 
 def exchange_halo(tensors: Sequence[torch.Tensor], halo: HaloRows, group: dist.ProcessGroup | None) -> tuple[torch.Tensor, ...]:
-    """Local rows [T, ...] with the halo merged in, [M, ...]; gradients of halo rows go back to their owners in float32."""
+    """Local rows [T, ...] with the halo merged in, [M, ...]: the buffers that ``halo`` describes. Collective.
+
+    Gradients of halo rows go back to their owners and are added there in float32 (float64 for float64). Without a group:
+    ``tensors`` unchanged.
+    """
     return tuple(tensors) if group is None else _ExchangeHalo.apply(halo, group, *tensors)
 
 
 def _widened(gradient: torch.Tensor) -> torch.Tensor:
-    """Sums over ranks are made in float32 (or float64)."""
+    """The gradient in the dtype in which ranks add theirs: float64 if it is that already, else float32."""
     return gradient if gradient.dtype == torch.float64 else gradient.float()

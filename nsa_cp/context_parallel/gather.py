@@ -1,4 +1,4 @@
-"""All-gather of rows into global order, its mirror the float32 reduce-scatter, and the ring that does it piecewise."""
+"""All-gather of rows into global order, its mirror image the reduce-scatter, and a ring that delivers one shard at a time."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from nsa_cp.context_parallel.transfer import PeerExchange, Transfer, unpack
 
 
 class RowPartition:
-    """Rows 0..M dealt to ranks, ascending on each; sizes may differ.
+    """Which rank owns each of M rows. Every rank keeps its rows in ascending order; ranks may own different numbers of them.
 
     Args:
         owner: rank of each row, int [M].
         cp_size: number of ranks.
 
     Attributes:
-        counts: rows of each rank.
-        padded: the most rows of any rank: collectives move so many from each.
-        rows: for each rank its ascending int64 rows.
-        runs: all rows as runs ``(rank, first row there, rows)`` in global order; None where they are many (see ``runs.py``).
+        counts: number of rows of each rank.
+        padded: the largest count; collectives move this many rows from every rank.
+        rows: for each rank its rows, ascending int64.
+        runs: all rows in global order as runs ``(rank, first row on it, number of rows)``; None if there are many (``runs.py``).
+        slot: instead of many runs, the place of each row in the shards of all ranks laid end to end, int64 [M]; else None.
     """
 
     def __init__(self, owner: np.ndarray, cp_size: int) -> None:
@@ -35,12 +36,12 @@ class RowPartition:
         self.rows = tuple(np.flatnonzero(owner == rank) for rank in range(cp_size))
         self.counts = tuple(len(rows) for rows in self.rows)
         self.padded = max(self.counts, default=0)
-        # Row m stands at slot[m] of the rank-major padded buffer that collectives fill.
+        # Row m is at slot[m] of the buffer that collectives fill: every rank's padded shard, in rank order.
         slot = np.empty(self.num_rows, dtype=np.int64)
         for rank, rows in enumerate(self.rows):
             slot[rows] = rank * self.padded + np.arange(len(rows))
         self.runs = find_runs(owner, slot - owner.astype(np.int64) * self.padded)
-        # Only where there are no runs to copy: eight bytes a row.
+        # Kept only where there are no runs to copy by: it takes eight bytes a row.
         self.slot = torch.from_numpy(slot) if self.runs is None else None
         self._slices = None if self.runs is None else [slices_from(self.runs, rank) for rank in range(cp_size)]
 
@@ -50,13 +51,13 @@ class RowPartition:
         return self
 
     def in_global_order(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
-        """[M, ...] from every rank's padded rows, [padded, ...] each, in rank order."""
+        """The whole tensor [M, ...] from the padded shards [padded, ...] of all ranks, in rank order."""
         if self.runs is None:
             return torch.cat(list(shards)).index_select(0, self.slot)
         return join_runs(shards, self.runs)
 
     def in_rank_order(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The message of a reduce-scatter: for every rank its rows of each [M, ...] tensor, padded with zeros; flat."""
+        """The flat message of a reduce-scatter: for every rank its rows of each tensor [M, ...], padded with zeros."""
         if self.runs is None:
             padded = [
                 x.new_zeros(self.cp_size * self.padded, *x.shape[1:]).index_copy_(0, self.slot, x).view(self.cp_size, -1)
@@ -73,11 +74,11 @@ class RowPartition:
 
 
 class RowGather:
-    """An all-gather in flight: local rows of several tensors in, whole tensors in global row order out.
+    """An all-gather in flight from construction on: local rows of several tensors in, whole tensors in global row order out.
 
     Args:
-        tensors: [count of this rank, ...] each, one dtype.
-        partition: who holds which rows.
+        tensors: [rows of this rank, ...] each, all of one dtype.
+        partition: which rank holds which rows.
         group: context-parallel group, or None for a single process.
     """
 
@@ -108,8 +109,8 @@ class RowReduceScatter:
     """A reduce-scatter in flight, mirror of :class:`RowGather`: whole gradients in, this rank's rows summed over ranks out.
 
     Args:
-        tensors: [M, ...] each, in global row order, one dtype; float32 (or float64) so that the sum keeps its precision.
-        partition: who holds which rows.
+        tensors: [M, ...] each, in global row order, all of one dtype: float32 or float64, so that the sum keeps its precision.
+        partition: which rank holds which rows.
         group: context-parallel group, or None for a single process.
     """
 
@@ -124,7 +125,7 @@ class RowReduceScatter:
         self._transfer = transfer.reduce_scatter(partition.in_rank_order(tensors), group)
 
     def wait(self) -> list[torch.Tensor]:
-        """Summed gradients of this rank's rows, [count, ...] each; the same ones when called again."""
+        """Summed gradients of this rank's rows, [rows of this rank, ...] each. May be called again, for the same tensors."""
         if self._transfer is None:
             return list(self.tensors)
         (result,) = self._transfer.wait()
@@ -134,11 +135,11 @@ class RowReduceScatter:
 
 
 class RowRing:
-    """Shards of all ranks, one after the other, each sent on while the caller computes on it.
+    """The shards of all ranks one after the other: each is passed on to the next rank while the caller computes on it.
 
     Args:
-        tensors: this rank's shard, [count of this rank, ...] each, one dtype.
-        partition: who holds which rows.
+        tensors: this rank's shard, [rows of this rank, ...] each, all of one dtype.
+        partition: which rank holds which rows.
         group: context-parallel group, or None for a single process.
     """
 
@@ -152,14 +153,14 @@ class RowRing:
             self._pending = self._pass_on(self.tensors, self.rank)
 
     def _pass_on(self, shard: Sequence[torch.Tensor], source: int) -> PeerExchange:
-        """Send the shard of rank ``source`` to the next rank and post the receive of the one behind it."""
+        """Send the shard of rank ``source`` to the next rank; post the receive of that of ``source - 1`` from the rank before."""
         following, before = (self.rank + 1) % self.cp_size, (self.rank - 1) % self.cp_size
         count = self.partition.counts[(source - 1) % self.cp_size]
         expected = [(count, *x.shape[1:]) for x in self.tensors]
         return PeerExchange({following: shard}, {before: expected}, self.tensors[0], self.group)
 
     def __iter__(self) -> Iterator[tuple[int, list[torch.Tensor]]]:
-        """Yield ``(source rank, its shard)``, the own shard first, then those of the ranks before, nearest first."""
+        """Yield ``(rank, its shard)``: this rank's own first, then those of the ranks before it, nearest first. Iterate once."""
         shard = self.tensors
         yield self.rank, shard
         for step in range(1, self.cp_size):

@@ -8,7 +8,7 @@ from nsa_cp.context_parallel.layout import SequenceLayout
 
 
 def group_size(group: dist.ProcessGroup | None) -> int:
-    """Ranks in ``group``; None is a group of this process alone."""
+    """Number of ranks in ``group``; None stands for this process alone."""
     return 1 if group is None else group.size()
 
 
@@ -18,10 +18,10 @@ def group_rank(group: dist.ProcessGroup | None) -> int:
 
 
 def check_group(layout: SequenceLayout, group: dist.ProcessGroup | None) -> None:
-    """The layout is cut for as many ranks as the group has.
+    """Check that the layout is cut for as many ranks as the group has.
 
     Raises:
-        ValueError: naming both.
+        ValueError: with both numbers.
     """
     if layout.cp_size != group_size(group):
         raise ValueError(

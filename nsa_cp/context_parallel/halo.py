@@ -1,4 +1,4 @@
-"""Halo exchange: the rows just before each chunk, fetched from whoever holds them, and their gradients sent back."""
+"""Halo exchange: fetches the rows just before each chunk from the ranks that hold them, and sends their gradients back."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from nsa_cp.context_parallel.transfer import PeerExchange
 
 
 class HaloRows:
-    """Which rows to send, to receive, and how own and received rows merge into one ascending buffer.
+    """Which rows to send and to receive, and how own and received rows merge into one ascending buffer.
 
     Args:
-        layout: the cut; every rank derives every other rank's needs from it, so no sizes travel.
-        depth: rows needed before each local row, within its document.
+        layout: which rank holds which rows; each rank derives the others' needs from it, so no sizes travel.
+        depth: number of rows needed before each local row, within its document.
 
     Attributes:
-        buffer_rows: ascending int64 global rows of the merged buffer [M].
-        arrival: global rows received, int64: grouped by the rank they come from, ascending within each.
-        runs: the buffer as runs of own (0) and received (1) rows; None where they are many (see ``runs.py``).
-        order: in place of many runs, the row of (own rows, then received ones) at each row of the buffer, int64 [M]; else None.
-        send: for each rank the local rows it needs, int64.
+        buffer_rows: global rows of the merged buffer, ascending int64 [M].
+        arrival: global rows received, int64: grouped by the rank they come from, ascending within each group.
+        receive_counts: number of rows received from each rank.
+        num_own, num_received: rows of each kind in the buffer; they add up to M.
+        runs: the buffer as runs of own (source 0) and received (source 1) rows; None if there are many (see ``runs.py``).
+        order: instead of many runs, for each buffer row its index in (own rows, then received rows), int64 [M]; else None.
+        send: for each rank the local rows it needs from here, int64.
     """
 
     def __init__(self, layout: SequenceLayout, depth: int) -> None:
@@ -54,11 +56,11 @@ class HaloRows:
 
     @property
     def is_local(self) -> bool:
-        """Nothing is sent or received by this rank."""
+        """Whether this rank neither sends nor receives anything."""
         return self.num_received == 0 and all(len(index) == 0 for index in self.send)
 
     def within(self, deeper: HaloRows) -> torch.Tensor:
-        """Where this halo's received rows stand among those of a deeper halo of the same layout, int64."""
+        """Indices of this halo's received rows among those of a deeper halo of the same layout, int64."""
         if deeper.depth not in self._within:
             order = np.argsort(deeper.arrival, kind="stable")
             place = order[np.searchsorted(deeper.arrival[order], self.arrival)]
@@ -66,7 +68,7 @@ class HaloRows:
         return self._within[deeper.depth]
 
     def merge(self, own: torch.Tensor, received: torch.Tensor) -> torch.Tensor:
-        """The buffer [M, ...] from own and received rows."""
+        """The buffer [M, ...] from own rows and received rows (in the order of ``arrival``)."""
         if self.runs is None:
             return torch.cat([own, received]).index_select(0, self.order)
         return join_runs([own, received], self.runs)
@@ -90,29 +92,33 @@ def _rows_sent(layout: SequenceLayout, depth: int, destination: int) -> np.ndarr
 
 
 class HaloExchange:
-    """One exchange for several tensors that may need halos of different depth; one message for each pair of ranks.
+    """One exchange for several tensors, whose halos may differ in depth: one message for each pair of ranks.
+
+    Forward: :meth:`start`, then :meth:`wait`. Backward: :meth:`start_return`, then :meth:`wait_return`.
 
     Args:
-        halos: for each tensor its :class:`HaloRows`, all of one layout.
+        halos: the :class:`HaloRows` of each tensor, all of one layout.
         group: context-parallel group, or None for a single process.
-        same_as: for each tensor the number of the first one that is the same tensor (its own number where none is before).
-            Equal tensors travel once, with the deepest of their halos, and so do the sums of their gradients. None: all differ.
+        same_as: for each tensor the index of the first one that is the same tensor (its own index if there is none). Such
+            tensors travel once, with the deepest of their halos, and so does the sum of their gradients. None: all differ.
 
     Attributes:
-        received: after :meth:`wait` the rows of other ranks, a tensor for each one that travelled; none where all rows are local.
-            Kept, they spare a second exchange of the same tensors, see :meth:`merge`.
+        carrier: for each tensor the index of the one that travels for it.
+        carried: indices of the tensors that travel.
+        received: after :meth:`wait`, the rows of other ranks, one tensor for each of ``carried``; empty if all rows are local.
+            Keep them to rebuild the buffers later without a second exchange, see :meth:`merge`.
     """
 
     def __init__(self, halos: Sequence[HaloRows], group: dist.ProcessGroup | None, same_as: Sequence[int] | None = None) -> None:
         self.halos = tuple(halos)
         self.group = group
         first = tuple(range(len(self.halos))) if same_as is None else tuple(same_as)
-        # For each tensor the number of the one that travels for it.
+        # Of equal tensors, the one with the deepest halo travels.
         self.carrier = tuple(
             max((j for j, other in enumerate(first) if other == source), key=lambda j: self.halos[j].depth) for source in first
         )
         self.carried = sorted(set(self.carrier))
-        # Ranks that rows go to and come from: few of many, so that the cost does not grow with their number.
+        # Only ranks that rows go to or come from, so that the host's work does not grow with the group.
         travelling = [self.halos[i] for i in self.carried]
         self._destinations = [r for r in range(self.halos[0].cp_size) if any(len(halo.send[r]) for halo in travelling)]
         self._sources = [r for r in range(self.halos[0].cp_size) if any(halo.receive_counts[r] for halo in travelling)]
@@ -125,7 +131,7 @@ class HaloExchange:
         return all(halo.is_local for halo in self.halos)
 
     def start(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Send what other ranks need of ``tensors`` ([T, ...] local rows each) and post the receives."""
+        """Send what other ranks need of ``tensors`` (local rows, [T, ...] each) and post the receives."""
         self._own = tuple(tensors)
         if self._is_local:
             return
@@ -147,10 +153,10 @@ class HaloExchange:
         return self.merge(own, self.received)
 
     def merge(self, tensors: Sequence[torch.Tensor], received: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The buffers of :meth:`wait`, from local rows [T, ...] and ``received`` after an exchange of the same tensors."""
+        """The buffers that :meth:`wait` returned, from local rows [T, ...] and the ``received`` kept of that exchange."""
         assert received or self._is_local
         if not received:
-            # Without remote rows the local rows already are the buffer.
+            # Without rows of other ranks the local rows are the buffer.
             return list(tensors)
         arrived = dict(zip(self.carried, received, strict=True))
         buffers = []
@@ -177,9 +183,10 @@ class HaloExchange:
         self._exchange = PeerExchange(outgoing, expected, gradients[0], self.group)
 
     def wait_return(self) -> list[torch.Tensor]:
-        """Gradients of the local rows [T, ...], what other ranks computed added in rank order.
+        """Gradients of the local rows [T, ...], with what other ranks computed for them added in rank order.
 
-        Of equal tensors the one with the deepest halo gets all of it; their sum is the gradient.
+        Of tensors that are the same (``same_as``), the one that travelled gets all of what came from other ranks; the gradient is
+        the sum over these tensors.
         """
         own, self._own = self._own, ()
         if self._exchange is None:

@@ -1,4 +1,8 @@
-"""Who holds which tokens: the one description of a sequence that every other part reads positions from. Host data only."""
+"""Which rank holds which tokens: the one description of a sequence that all other parts read positions from. Host data only.
+
+Global rows number the tokens of the packed sequence from 0 to S - 1; a rank's local rows are the global rows it holds, in
+ascending order; a position counts from the start of a token's document. Ranges are half open.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +18,14 @@ from nsa_cp.config import LayoutKind
 
 @dataclass(frozen=True)
 class SequenceLayout:
-    """A packed sequence of S tokens, cut into chunks of consecutive global rows that ranks hold.
+    """A packed sequence of S tokens, cut into chunks of consecutive global rows, each held by one rank.
 
-    Local rows stand in ascending global order on every rank. Two layouts that compare equal describe the same cut.
+    Make one with :meth:`build` or :meth:`from_chunks`, which check their arguments.
 
     Args:
         cu_seqlens: document d covers global rows ``cu_seqlens[d] .. cu_seqlens[d+1]``; the last entry is S.
-        chunks: for each rank the ``(start, end)`` rows it holds, ascending and disjoint; together all of 0..S.
-        cp_rank: the rank this process is.
+        chunks: for each rank the ``(start, end)`` of its chunks, ascending and disjoint; those of all ranks cover 0 .. S.
+        cp_rank: this process's rank.
         kind: the rule that made the chunks, for messages.
     """
 
@@ -35,7 +39,7 @@ class SequenceLayout:
 
     @cached_property
     def _hash(self) -> int:
-        """Worked out once, since every plan is found by it. Of integers alone: it has to mean the same in another process."""
+        """Computed once, because every plan is looked up by it; of integers alone, so that it is the same in every process."""
         return hash((self.cu_seqlens, self.chunks, self.cp_rank))
 
     @classmethod
@@ -51,12 +55,15 @@ class SequenceLayout:
         """Cut a sequence for ``cp_size`` ranks, in pieces as even as possible.
 
         ``zigzag`` cuts into 2 * cp_size pieces and gives rank r pieces r and 2 * cp_size - 1 - r, which balances causal
-        work; ``contiguous`` cuts into cp_size pieces. With ``per_document`` every document is cut so (Megatron's way, and
-        that of a batch of b sequences as ``[0, s, 2s, ...]``); otherwise the pack is cut as a whole and a document may lie
-        anywhere.
+        work; ``contiguous`` cuts into cp_size pieces, one per rank.
 
         Args:
-            cu_seqlens: document borders starting at 0, or the length of a single document.
+            cu_seqlens: document borders 0, ..., S, or the length S of a single document. A batch of b sequences of s tokens is
+                the pack ``[0, s, 2s, ..., b*s]``.
+            cp_size, cp_rank: number of ranks, and which one this process is.
+            kind: ``"zigzag"`` or ``"contiguous"``.
+            per_document: cut every document by this rule, as Megatron does; False cuts the pack as a whole, so that a document
+                may lie on any of the ranks.
 
         Raises:
             ValueError: borders that do not start at 0 or descend; a rank outside cp_size; an unknown kind.
@@ -80,10 +87,10 @@ class SequenceLayout:
     def from_chunks(
         cls, cu_seqlens: Sequence[int], chunks: Sequence[Sequence[tuple[int, int]]], *, cp_rank: int = 0, kind: str = "custom"
     ) -> SequenceLayout:
-        """A layout from explicit chunks, ``chunks[rank] = [(start, end), ...]``, of any lengths.
+        """A layout from explicit chunks of any lengths: ``chunks[rank] = [(start, end), ...]`` in global rows.
 
         Raises:
-            ValueError: chunks that overlap or leave rows unheld.
+            ValueError: chunks that overlap or leave rows out; borders that do not start at 0 or descend.
         """
         borders = _borders(cu_seqlens)
         ordered = sorted(chunk for rank_chunks in chunks for chunk in rank_chunks if chunk[0] < chunk[1])
@@ -94,7 +101,7 @@ class SequenceLayout:
             covered = end
         if covered != borders[-1]:
             raise ValueError(f"chunks cover {covered} rows of {borders[-1]}; every row needs exactly one rank")
-        # Neighbouring chunks of one rank are one chunk: equal cuts then compare equal.
+        # Adjacent chunks of one rank are merged, so that the same cut always has the same chunks.
         merged = tuple(_merge(sorted(chunk for chunk in rank_chunks if chunk[0] < chunk[1])) for rank_chunks in chunks)
         return cls(borders, merged, cp_rank, kind)
 
@@ -115,7 +122,7 @@ class SequenceLayout:
 
     @property
     def num_documents(self) -> int:
-        """Documents in the pack, empty ones included."""
+        """Number of documents in the pack, including empty ones."""
         return len(self.cu_seqlens) - 1
 
     def rows_of(self, rank: int) -> np.ndarray:
@@ -142,7 +149,7 @@ class SequenceLayout:
 
     @cached_property
     def local_documents(self) -> np.ndarray:
-        """Document of each local row, int64 [T]."""
+        """Index of each local row's document, int64 [T]."""
         return np.searchsorted(np.asarray(self.cu_seqlens[1:]), self.local_rows, side="right")
 
     @cached_property
@@ -156,7 +163,11 @@ class SequenceLayout:
         return self.local_rows - self.local_document_starts
 
     def shard(self, x: torch.Tensor, dim: int = 0) -> torch.Tensor:
-        """This rank's rows of a global tensor whose dimension ``dim`` has size S."""
+        """This rank's rows of a global tensor whose dimension ``dim`` has size S.
+
+        Raises:
+            ValueError: that dimension has another size.
+        """
         if x.shape[dim] != self.num_tokens:
             raise ValueError(f"dimension {dim} has {x.shape[dim]} rows, the layout {self.num_tokens}; pass the whole pack")
         return x.index_select(dim, torch.from_numpy(self.local_rows).to(x.device))
@@ -167,17 +178,17 @@ class SequenceLayout:
         return torch.cat(tuple(shards), dim).index_select(dim, torch.from_numpy(order).to(shards[0].device))
 
     def halo_rows(self, rank: int, depth: int) -> np.ndarray:
-        """Rows of other ranks that lie up to ``depth`` rows before a row of ``rank`` in the same document; ascending int64.
+        """Global rows of other ranks at most ``depth`` rows before a row of ``rank``, in the same document; ascending int64.
 
-        A chunk shorter than ``depth`` reaches through its neighbour into the one before.
+        If the chunk before is shorter than ``depth``, rows of chunks further back belong to it, too.
         """
         if depth <= 0:
             return np.empty(0, dtype=np.int64)
         borders = np.asarray(self.cu_seqlens, dtype=np.int64)
         starts = np.asarray([chunk[0] for chunk in self.chunks[rank]], dtype=np.int64)
-        # Only the row at a chunk's start reaches furthest back; documents that start inside a chunk reach nothing outside.
+        # A chunk's first row reaches furthest back; documents that start inside a chunk need nothing from outside it.
         document_starts = borders[np.searchsorted(borders[1:], starts, side="right")]
-        # Rows before the start of the chunk before are that one's to reach: the ranges then stand apart, in order.
+        # Stop at the start of this rank's chunk before, whose own range covers what lies further back: ranges stay disjoint.
         first = np.maximum(np.maximum(document_starts, starts - depth), np.concatenate([[0], starts])[:-1])
         rows = expand_ranges(first, starts)
         return rows[self.row_owner[rows] != rank]

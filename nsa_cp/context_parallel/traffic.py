@@ -1,4 +1,4 @@
-"""Bytes that context parallelism moves, counted where transfers are issued: on the host, from shapes, without waiting."""
+"""Counts the bytes that context parallelism moves. Counted from shapes when transfers are issued, so nothing has to wait."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Traffic:
-    """What this rank sent and received while it was being counted; ranks of a group may differ.
+    """What this rank sent and received during a :func:`count_traffic` block; ranks of a group may differ.
 
-    An all-gather of P messages of m bytes sends and receives (P - 1) * m on every rank, a reduce-scatter the same with m the
-    bytes of one rank's part. Padding to equal messages counts, because it travels. A transfer repeated by recomputation
-    counts again.
+    An all-gather of P messages of m bytes counts as (P - 1) * m sent and as much received on every rank, a reduce-scatter
+    likewise with m the bytes of one rank's part. Padding to equal messages counts, because it travels. A transfer repeated by
+    recomputation counts again.
 
     Attributes:
         sent, received: bytes.
         transfers: number of transfers issued.
-        by_pattern: (bytes sent, bytes received) of ``all_gather``, ``reduce_scatter`` and ``exchange`` (halo and ring).
+        by_pattern: (bytes sent, bytes received) for each of ``all_gather``, ``reduce_scatter`` and ``exchange`` (halo and ring).
     """
 
     sent: int = 0
@@ -33,13 +33,13 @@ class Traffic:
         self.by_pattern[pattern] = (before[0] + sent, before[1] + received)
 
 
-# All counts in progress. Not one a thread: the backward runs in a thread of autograd's.
+# All counts in progress. Shared by all threads, because autograd runs the backward in a thread of its own.
 _counting: list[Traffic] = []
 
 
 @contextlib.contextmanager
 def count_traffic() -> Iterator[Traffic]:
-    """Count the transfers that this process issues inside the block, of every layer and group; blocks may nest.
+    """Count all transfers that this process issues inside the block, whatever layer or group they belong to; blocks may nest.
 
     >>> with count_traffic() as forward:
     ...     out = attention(q, k, v, gate_logits, layout)
@@ -52,11 +52,11 @@ def count_traffic() -> Iterator[Traffic]:
     try:
         yield traffic
     finally:
-        # By identity: equal counts are different counts.
+        # By identity: another count in progress may be equal.
         _counting[:] = [other for other in _counting if other is not traffic]
 
 
 def record(pattern: str, sent: int, received: int) -> None:
-    """Tell every count in progress of one transfer."""
+    """Add one transfer to every count in progress."""
     for traffic in _counting:
         traffic.add(pattern, sent, received)

@@ -1,4 +1,7 @@
-"""Everything that travels: asynchronous collectives and point-to-point messages, issued in one place and counted there."""
+"""Asynchronous collectives and point-to-point messages: every byte between context-parallel ranks is issued and counted here.
+
+The one exception is the comparison of calls between hosts, in ``agreement.py``.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 def pack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Tensors of one dtype, flattened one after the other."""
+    """One flat tensor of ``tensors`` (of one dtype), one after the other."""
     return torch.cat([x.reshape(-1) for x in tensors])
 
 
@@ -28,7 +31,7 @@ def unpack(message: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[tor
 
 
 def as_bytes(x: torch.Tensor) -> torch.Tensor:
-    """The same memory as uint8: what is moved and not computed with travels so on every backend, bfloat16 included."""
+    """The same memory as uint8: data that is only moved, not summed, can so travel on every backend, bfloat16 included."""
     return x.view(torch.uint8)
 
 
@@ -36,9 +39,9 @@ class Transfer:
     """Messages in flight.
 
     Args:
-        received: buffers that are being filled.
-        sent: what is being read; kept until waited for, because the transport reads it after the call returns.
-        works: what to wait for.
+        received: buffers being filled.
+        sent: buffers being read; kept alive until :meth:`wait`, because the transport reads them after the call returns.
+        works: torch's handles to wait for.
     """
 
     def __init__(
@@ -47,11 +50,11 @@ class Transfer:
         self._received, self._sent, self._works = list(received), sent, works
 
     def wait(self) -> list[torch.Tensor]:
-        """The received buffers, filled (on CUDA: for whatever the current stream does next).
+        """The received buffers, filled (on CUDA: as seen by work queued on the current stream from now on).
 
         Raises:
-            RuntimeError: a rank died or gave up (at once or at the process group's timeout; with NCCL torch's watchdog
-                ends the process instead).
+            RuntimeError: a rank died or gave up, noticed at once or at the process group's timeout. (With NCCL torch's watchdog
+                ends the process instead.)
         """
         with _lost_ranks_named():
             for work in self._works:
@@ -61,7 +64,7 @@ class Transfer:
 
 
 def lost_rank(error: RuntimeError) -> str:
-    """What a transport's error means, and what to do."""
+    """A sentence on what a transport's error means and what to do about it."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (
         f"a rank died, raised an error of its own or did not take part within the process group's timeout; look for the "
@@ -84,12 +87,13 @@ def issue(
     volume: tuple[int, int],
     launch: Callable[[], Sequence[dist.Work]],
 ) -> Transfer:
-    """Start a transfer: the one door that everything passes.
+    """Start and count a transfer; all transfers pass through here.
 
     Args:
         pattern: ``all_gather``, ``reduce_scatter`` or ``exchange``.
-        volume: bytes that leave and reach this rank.
-        launch: makes the calls of torch.distributed that fill ``received`` from ``sent``.
+        sent, received: the buffers, see :class:`Transfer`.
+        volume: bytes that leave this rank, and bytes that reach it.
+        launch: makes the torch.distributed calls that fill ``received`` from ``sent``, and returns their handles.
     """
     record(pattern, *volume)
     with _lost_ranks_named():
@@ -97,7 +101,7 @@ def issue(
 
 
 def all_gather(message: torch.Tensor, group: dist.ProcessGroup) -> Transfer:
-    """Every rank's ``message`` (one size on all ranks) in rank order, as one flat buffer."""
+    """Start an all-gather: every rank's flat ``message`` (of one size on all ranks), in rank order, in one flat buffer."""
     received = message.new_empty(group.size() * message.numel())
     volume = (group.size() - 1) * message.nbytes
     return issue(
@@ -110,7 +114,7 @@ def all_gather(message: torch.Tensor, group: dist.ProcessGroup) -> Transfer:
 
 
 def reduce_scatter(message: torch.Tensor, group: dist.ProcessGroup) -> Transfer:
-    """This rank's part of the sum over ranks of ``message``: as many equal parts as ranks, in rank order."""
+    """Start a reduce-scatter: sum the flat ``message`` over ranks, cut it into as many equal parts, and take this rank's."""
     received = message.new_empty(message.numel() // group.size())
     volume = (group.size() - 1) * received.nbytes
     return issue(
@@ -123,15 +127,15 @@ def reduce_scatter(message: torch.Tensor, group: dist.ProcessGroup) -> Transfer:
 
 
 class PeerExchange:
-    """Send lists of tensors to peers and receive others, one message for a pair of ranks and direction.
+    """Send lists of tensors to other ranks and receive theirs, with one message per pair of ranks and direction.
 
     Construction posts all sends and receives; :meth:`wait` returns what arrived. Empty messages are not sent: both sides
-    know the sizes. Rank numbers are those of the group.
+    know the sizes. Ranks are numbered within the group.
 
     Args:
-        outgoing: for each peer sent to, the tensors, all of one dtype.
-        expected: for each peer received from, the shapes.
-        like: gives dtype and device of what is received.
+        outgoing: for each rank to send to, the tensors, all of one dtype.
+        expected: for each rank to receive from, the shapes of its tensors.
+        like: a tensor with the dtype and device of what is received.
         group: the process group.
     """
 
@@ -159,6 +163,6 @@ class PeerExchange:
         self._transfer = issue("exchange", list(messages.values()), list(incoming.values()), volume, launch)
 
     def wait(self) -> dict[int, list[torch.Tensor]]:
-        """For each peer in ``expected`` what it sent, as views of the received message."""
+        """What each rank in ``expected`` sent, as views of its message."""
         received = self._transfer.wait()
         return {peer: unpack(buffer, shapes) for buffer, (peer, shapes) in zip(received, self.expected.items(), strict=True)}

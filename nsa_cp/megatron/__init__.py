@@ -6,7 +6,7 @@ from nsa_cp.megatron.apex import check_apex, has_apex
 
 try:
     with warnings.catch_warnings():
-        # Megatron-Core says for each of its modules that apex and Transformer Engine are missing. Neither is needed here.
+        # Megatron-Core warns about missing apex and Transformer Engine in each of its modules. Neither is needed here.
         warnings.filterwarnings("ignore", message=".*[Aa]pex (is|are) not installed.*")
         from nsa_cp.megatron.batch import shard_batch
         from nsa_cp.megatron.config import AttentionSettings, NSATransformerConfig
@@ -19,7 +19,7 @@ try:
         from nsa_cp.megatron.opening import close_selected_branches, open_selected_branches
         from nsa_cp.megatron.self_attention import NSASelfAttention
 except Exception:
-    # Megatron-Core imports whatever is called apex; if that is what failed, say so.
+    # Megatron-Core imports whatever package is called apex; if the wrong one made the import fail, say so.
     check_apex()
     raise
 

@@ -1,4 +1,4 @@
-"""NVIDIA's apex, and the unrelated package of that name on PyPI."""
+"""Tells NVIDIA's apex, which Megatron-Core can use, from the unrelated package of that name on PyPI, which breaks it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 
 
 def has_apex() -> bool:
-    """Whether NVIDIA's apex with its CUDA extensions is here: its compiled module, not the name, says so."""
+    """Whether NVIDIA's apex with its CUDA extensions is installed, judged by its compiled module and not by its name."""
     return importlib.util.find_spec("amp_C") is not None
 
 
 def check_apex() -> bool:
-    """Whether Megatron-Core will use NVIDIA's apex; optional and never required. Imports nothing.
+    """Whether Megatron-Core will use NVIDIA's apex, which is optional. Imports nothing.
 
     Raises:
-        ValueError: the package called ``apex`` is another one, which Megatron-Core would take for NVIDIA's.
+        ValueError: the installed package ``apex`` is not NVIDIA's, but Megatron-Core would take it for that.
     """
     if has_apex():
         return True

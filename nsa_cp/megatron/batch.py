@@ -1,4 +1,4 @@
-"""This context-parallel rank's part of a batch, in the layout that the attention expects."""
+"""Cuts this context-parallel rank's part out of a batch, in the layout that the attention expects."""
 
 from __future__ import annotations
 
@@ -23,17 +23,19 @@ def shard_batch(
 ) -> tuple[dict[str, Tensor], PackedSeqParams | None]:
     """Slice a global batch for one context-parallel rank; the same on all tensor-parallel ranks. No communication.
 
-    With the zigzag layout and a plain batch this is what Megatron's ``get_batch_on_this_cp_rank`` does; here the contiguous
-    layout and packs work too.
+    For the zigzag layout and a plain batch this does what Megatron's ``get_batch_on_this_cp_rank`` does; the contiguous layout
+    and packed documents work, too.
 
     Args:
-        batch: tensors [b, s] or [b, s, ...] by name (tokens, labels, loss_mask, ...), the whole sequence on every rank.
-            ``position_ids`` (document-relative, int64) are added where they are missing.
-        cu_seqlens: borders 0 .. s of packed documents (b must be 1), host integers; None for b sequences.
+        batch: tensors [b, s] or [b, s, ...] by name (tokens, labels, loss_mask, ...), whole sequences on every rank.
+        config: the model's settings; ``context_parallel_size`` is the number of ranks.
+        cp_rank: the context-parallel rank to slice for.
+        cu_seqlens: borders 0, ..., s of packed documents as host integers (b must be 1); None for b sequences of s tokens.
         settings: needed with a plain ``TransformerConfig``.
 
     Returns:
-        the tensors [b, s/cp, ...], and the ``packed_seq_params`` for ``GPTModel.forward`` (None for a plain batch).
+        The tensors [b, s/cp, ...] (of a pack: [1, this rank's tokens, ...]), with ``position_ids`` (int64, within the document)
+        added if missing, and the ``packed_seq_params`` for ``GPTModel.forward``, None for a plain batch.
 
     Raises:
         ValueError: tensors of different lengths, a length that does not divide over the ranks, a pack with b > 1 or with
@@ -63,10 +65,14 @@ def shard_batch(
 
 
 def check_pack(layout: SequenceLayout, batch_size: int, length: int, config: NSATransformerConfig) -> None:
-    """Refuse a pack that the model cannot take: its shape, and unequal shares where Megatron needs equal ones.
+    """Refuse a pack of the wrong shape, or one that ranks share unequally where Megatron needs equal shares.
 
-    Documents of any length can be cut; ranks then may hold different numbers of tokens, which pipeline stages (their
-    messages have one shape) and sequence parallelism (it cuts a rank's tokens further) cannot have.
+    Documents of any length can be cut, but ranks may then hold different numbers of tokens. Pipeline stages cannot handle that
+    (their messages have one shape), and sequence parallelism needs each rank's number to be a multiple of its size.
+
+    Args:
+        layout: the pack's cut over context-parallel ranks.
+        batch_size, length: b and s of the batch.
 
     Raises:
         ValueError: with the numbers and the remedy.

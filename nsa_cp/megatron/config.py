@@ -1,4 +1,4 @@
-"""Settings of a Megatron-Core model with NSA layers, checked when they are made: before any collective or allocation."""
+"""Settings of a Megatron-Core model with NSA layers, validated on construction: before any collective or allocation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nsa_cp.config import NSAConfig, RotaryConfig
 
 LayerType = Literal["nsa", "full", "window"]
 
-# TransformerConfig fields that would change the attention and that NSA layers do not carry out, with the only value accepted.
+# TransformerConfig fields that ask for something NSA layers do not do: (name, the only value accepted, why).
 FIXED_FIELDS: tuple[tuple[str, Any, str], ...] = (
     ("multi_latent_attention", False, "NSA layers have their own projections"),
     ("experimental_attention_variant", None, "NSA layers come in through the layer spec"),
@@ -51,11 +51,14 @@ class AttentionSettings:
 
     Args:
         nsa: the method's settings; ``nsa.window_size`` is also the width of ``window`` layers.
-        rotary: rotation of queries and keys; None for no position embedding.
+        rotary: rotary embedding of queries and keys; None for no position embedding.
         v_channels: Dv, width of a value head; None for Megatron's ``kv_channels`` (which is Dk).
-        layer_pattern: kinds of layers, ``nsa`` | ``full`` | ``window``, repeated over the global layer numbers.
-        equal_start: the key and value projections of an NSA layer's branches start with the same weights, and part in training
-            (docs/learning has why). Without effect where ``nsa.shared_kv`` leaves one of them.
+        layer_pattern: kinds of attention, ``nsa`` | ``full`` | ``window``, repeated over the layers in global order.
+        equal_start: the key and value projections of an NSA layer's three branches start with equal weights and diverge in
+            training (docs/learning/README.md tells why). Without effect with ``nsa.shared_kv``, which has only one.
+
+    Raises:
+        ValueError: an unknown or empty layer pattern, window layers without a window, or v_channels below 1.
     """
 
     nsa: NSAConfig = field(default_factory=NSAConfig)
@@ -70,7 +73,7 @@ class AttentionSettings:
             raise ValueError(f"v_channels = {self.v_channels} must be at least 1; leave it out to use kv_channels")
 
     def layer_type(self, layer_number: int) -> str:
-        """Kind of the layer with this global 1-based number, whichever pipeline stage holds it."""
+        """Kind of attention of the layer with this global, 1-based number, whichever pipeline stage holds it."""
         return self.layer_pattern[(layer_number - 1) % len(self.layer_pattern)]
 
 
@@ -109,10 +112,10 @@ class NSATransformerConfig(TransformerConfig):
 
 
 def settings_of(config: TransformerConfig, settings: AttentionSettings | None = None) -> AttentionSettings:
-    """``settings`` if given (with a plain ``TransformerConfig``), else those of an :class:`NSATransformerConfig`.
+    """``settings`` if given (needed with a plain ``TransformerConfig``), else those of an :class:`NSATransformerConfig`.
 
     Raises:
-        ValueError: neither is there, or the two disagree with what the model can do.
+        ValueError: no settings in either place, or ``settings`` and ``config`` together ask for what NSA layers cannot do.
     """
     if settings is None:
         if not isinstance(config, NSATransformerConfig):
@@ -126,7 +129,11 @@ def settings_of(config: TransformerConfig, settings: AttentionSettings | None = 
 
 
 def check_layer_pattern(pattern: tuple[str, ...], nsa: NSAConfig) -> tuple[str, ...]:
-    """``pattern`` as a tuple, or a ValueError that names the entry that cannot be built."""
+    """``pattern`` as a tuple.
+
+    Raises:
+        ValueError: it is empty or a string, has an unknown entry, or has ``window`` layers while ``nsa.window_size`` is 0.
+    """
     if isinstance(pattern, str):
         raise ValueError(f"layer_pattern = {pattern!r} is one string; write a list such as [{pattern!r}]")
     pattern = tuple(pattern)
@@ -141,7 +148,7 @@ def check_layer_pattern(pattern: tuple[str, ...], nsa: NSAConfig) -> tuple[str, 
 
 
 def check_transformer_config(config: TransformerConfig, settings: AttentionSettings) -> None:
-    """Check Megatron's settings against what NSA layers can do; runs before Megatron's own checks and fills in nothing.
+    """Check Megatron's settings against what NSA layers can do. Runs before Megatron's own checks and changes nothing.
 
     Raises:
         ValueError: one sentence with the numbers and the remedy.

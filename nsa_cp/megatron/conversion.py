@@ -1,4 +1,5 @@
-"""NSA that begins with the weights of full attention: a pretrained dense model goes on as a sparse one. See docs/megatron.md."""
+"""Gives NSA layers the weights of full attention, so that a pretrained dense model can go on as a sparse one. See
+docs/megatron.md."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from nsa_cp.config import RotaryConfig
 from nsa_cp.megatron.config import FIXED_FIELDS
 from nsa_cp.megatron.self_attention import NSASelfAttention
 
-# Settings without which equal weights do not mean the same: equal in both models, or with the only value that NSA layers accept.
+# Settings on which the meaning of the weights depends: _EQUAL must be equal in both models; those in _ACCEPTED must have, in the
+# dense model, the only value that NSA layers accept (FIXED_FIELDS).
 _EQUAL = ("num_attention_heads", "num_query_groups", "kv_channels", "layernorm_epsilon", "activation_func")
 _ACCEPTED = {
     "multi_latent_attention", "attention_output_gate", "qk_layernorm", "qk_l2_norm", "softmax_scale", "softmax_type",
@@ -27,20 +29,21 @@ _BUILD_ALIKE = "build both with the same settings but for the attention"
 def copy_dense_weights(chunks: Sequence[Module], dense: Sequence[Module]) -> None:
     """Give a model with NSA layers the weights of one with dense attention; local to each process.
 
-    An ``nsa`` layer takes the queries' weights, the keys' and values' for each of its branches, and the output projection's,
-    divided by the sum of the gates of its open branches: those become exactly one half each. Compressors, which dense attention
-    does not have either, stay as they are. ``window`` and ``full`` layers take over everything, as does what is not attention.
+    An ``nsa`` layer takes the dense layer's query weights, its key and value weights for every branch, and its output projection
+    divided by the sum of the gates of the open branches: gates are reset so that each is exactly one half. Compressors, which
+    dense attention does not have, stay as they are. ``window`` and ``full`` layers take over everything, as does all that is not
+    attention.
 
-    Where the optimizer keeps main weights of its own, call ``optimizer.reload_model_params()`` afterwards, or build it then.
+    If the optimizer keeps main weights of its own, call ``optimizer.reload_model_params()`` afterwards, or build it afterwards.
 
     Args:
-        chunks: this process's model chunks, wrapped in Megatron's DDP or not.
-        dense: those of the dense model, spread alike; its attention is Megatron's ``SelfAttention`` or this library's layer.
-            Where it has an ``nsa`` layer in the place of one, all of that is taken over as it is. The base of its rotary
-            embedding may be another.
+        chunks: this process's model chunks, wrapped in Megatron's DDP or not; overwritten in place.
+        dense: the dense model's chunks, split over processes in the same way; its attention is Megatron's ``SelfAttention`` or
+            this library's layer. An ``nsa`` layer that it has in the place of one is copied unchanged. Its rotary base may
+            differ.
 
     Raises:
-        ValueError: models that do not fit; nothing has been copied then.
+        ValueError: models that do not match; nothing has been copied then.
     """
     if len(chunks) != len(dense):
         raise ValueError(f"the model has {len(chunks)} chunks on this process and the dense one {len(dense)}; spread both alike")
@@ -50,7 +53,7 @@ def copy_dense_weights(chunks: Sequence[Module], dense: Sequence[Module]) -> Non
 
 
 def _steps(chunk: Module, dense: Module) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """Tensors to be overwritten, each with the one that it takes and by what that is multiplied."""
+    """Yield ``(target, source, factor)`` for every ``target = source * factor`` to be done; a factor of 0 resets the target."""
     _check_settings(chunk, dense)
     sources, used = dict(dense.named_parameters()), set()
     trained = _nsa_layers(dense)
@@ -82,7 +85,7 @@ def _steps(chunk: Module, dense: Module) -> Iterator[tuple[Tensor, Tensor, float
 
 
 def _projection_steps(name: str, layer: NSASelfAttention, fused: Tensor, dense: Tensor) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """Of the fused projection: both are laid out group by group, queries first, the dense one with a single key and value."""
+    """The steps for the fused projection: both are laid out group by group, queries first; the dense one has one K/V pair."""
     queries, *pairs, gates = fused.unflatten(0, (layer.num_groups, -1)).split(layer.group_widths, dim=1)
     widths = layer.group_widths[:3]
     fitting = (layer.num_groups * sum(widths), *fused.shape[1:])
@@ -96,7 +99,7 @@ def _projection_steps(name: str, layer: NSASelfAttention, fused: Tensor, dense: 
 
 
 def _sum_of_gates(layer: NSASelfAttention) -> float:
-    """Of gates that are one half where their branch is open; the compressed one always is."""
+    """Sum of the gates when each open branch's is one half; the compressed branch is always open."""
     return (1 + layer.selected_is_open + (layer.settings.nsa.window_size > 0)) / 2
 
 
@@ -128,7 +131,7 @@ def _check_settings(chunk: Module, dense: Module) -> None:
 
 
 def _rotary(dense: Module) -> RotaryConfig | None:
-    """Of a model with this library's layers, or of Megatron's own."""
+    """The rotary embedding of a model with this library's layers or with Megatron's own; None if it has none."""
     if (attention := _first_attention(dense)) is not None:
         return attention.settings.rotary
     if getattr(dense, "position_embedding_type", "none") != "rope":

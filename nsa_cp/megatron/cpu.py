@@ -1,6 +1,6 @@
-"""Megatron-Core on CPU processes with gloo. Where CUDA is there, nothing in this module changes anything (unless forced).
+"""Lets Megatron-Core run on CPU processes with gloo. Where CUDA is available, nothing here has an effect (unless forced).
 
-Megatron-Core 0.16 names CUDA in places that have nothing to do with a kernel. Inside :func:`cpu_compatibility`
+Megatron-Core 0.16 refers to CUDA in places that have nothing to do with a kernel. Inside :func:`cpu_compatibility`
 
 - ``torch.cuda.current_device()`` is the CPU device and ``torch.cuda.synchronize()`` does nothing (buffers of tensor and
   pipeline parallelism, gradient buffers);
@@ -10,7 +10,7 @@ Megatron-Core 0.16 names CUDA in places that have nothing to do with a kernel. I
   gradient clipping, optimizers, checkpoints);
 - ``Tensor.type()`` says ``torch.cuda.FloatTensor`` for a CPU tensor, because the optimizers compare that string.
 
-Configurations need ``use_cpu_initialization=True`` besides; :func:`check_cpu_config` refuses the rest.
+Configurations also need ``use_cpu_initialization=True``; :func:`check_cpu_config` refuses those that would fail.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _depth = 0
 
 @contextlib.contextmanager
 def cpu_compatibility(force: bool = False) -> Iterator[None]:
-    """Let Megatron-Core build, train, save and load on the CPU inside this context; nothing where CUDA is there.
+    """Let Megatron-Core build, train, save and load on the CPU inside this context; without effect if CUDA is available.
 
-    Applies to the whole process except for the factory calls, which are this thread's. Contexts may nest.
+    Applies to the whole process, except that ``device="cuda"`` is rewritten in calls of this thread only. Contexts may nest.
 
     Args:
-        force: use the CPU although there is CUDA.
+        force: use the CPU even if CUDA is available.
     """
     global _depth
     if (torch.cuda.is_available() and not force) or _depth:
@@ -58,7 +58,7 @@ def cpu_compatibility(force: bool = False) -> Iterator[None]:
 
 
 def enable() -> None:
-    """Enter :func:`cpu_compatibility` for the rest of the process; calling it again does nothing."""
+    """Enter :func:`cpu_compatibility` for the rest of the process. Calling it again does nothing."""
     if not _depth:
         _enabled.enter_context(cpu_compatibility())
 
@@ -69,11 +69,11 @@ def runs_on_cpu() -> bool:
 
 
 def check_cpu_config(config: TransformerConfig) -> None:
-    """Refuse settings that fail or go wrong silently on the CPU; nothing where CUDA is used.
+    """Refuse settings that fail, or silently go wrong, on the CPU; without effect where CUDA is used.
 
     Raises:
-        ValueError: parameters to be allocated on CUDA, CUDA extensions asked for, or an interleaved pipeline with batched
-            point-to-point calls, which pairs messages wrongly over gloo.
+        ValueError: parameters to be allocated on CUDA, gradient accumulation fusion (a CUDA extension), or an interleaved
+            pipeline with batched point-to-point calls, which pairs messages wrongly over gloo.
     """
     if not runs_on_cpu():
         return
@@ -147,5 +147,5 @@ _REPLACEMENTS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
 
 
 def _is_not_generator_warning(record: logging.LogRecord) -> bool:
-    # Megatron's tracker warns when the CPU generator moved while it held the CUDA one. Here they are the same generator.
+    # Megatron's tracker warns if the CPU generator advances while it tracks the CUDA one. Here they are the same generator.
     return "CPU RNG state changed" not in record.getMessage()

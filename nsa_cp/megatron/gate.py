@@ -1,4 +1,4 @@
-"""The gate projection that belongs to no head: one logit for each token and branch."""
+"""The gate projection for ``gate="branch"``: one logit per token and branch, shared by all heads."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from nsa_cp.megatron.config import parameter_device
 
 
 class BranchGate(torch.nn.Module):
-    """Linear map h -> number of branches, replicated over tensor-parallel ranks.
+    """Linear map from h channels to one logit per branch, replicated over tensor-parallel ranks.
 
-    Every rank applies the same logits to other heads, so the gradient that reaches the logits is a partial sum. Without
-    sequence parallelism it is summed right there, after which weight and input see the same full gradient on every rank.
-    Under sequence parallelism every rank projects its own tokens, the logits are gathered (three channels a token) and their
-    gradient is reduce-scattered; the weight's gradient is then partial over tokens, which the attribute
-    ``sequence_parallel`` makes Megatron's ``finalize_model_grads`` sum.
+    Each rank applies the same logits to different heads, so the gradient that reaches the logits is a partial sum. Without
+    sequence parallelism it is summed over ranks right there, after which weight and input get the same full gradient on every
+    rank. Under sequence parallelism each rank projects its own tokens, the logits are gathered (three channels a token) and
+    their gradient is reduce-scattered; the weight's gradient then covers this rank's tokens only, and its attribute
+    ``sequence_parallel`` makes Megatron's ``finalize_model_grads`` sum it.
     """
 
     def __init__(self, config: TransformerConfig, num_gates: int, tp_group: ProcessGroup) -> None:
@@ -34,7 +34,7 @@ class BranchGate(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """[s, b, h], or this rank's share of s under sequence parallelism, to logits [s, b, num_gates]."""
+        """Logits [s, b, num_gates] from [s, b, h], or from this rank's share of s under sequence parallelism."""
         logits = torch.nn.functional.linear(hidden_states, self.weight)
         if self.sequence_parallel:
             return gather_from_sequence_parallel_region(logits, tensor_parallel_output_grad=True, group=self.tp_group)

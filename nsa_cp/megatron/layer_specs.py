@@ -24,19 +24,20 @@ def get_nsa_layer_spec(
     pp_rank: int | None = None,
     settings: AttentionSettings | None = None,
 ) -> TransformerBlockSubmodules:
-    """The layers of one pipeline stage and the final norm, to hand to ``GPTModel`` as ``transformer_layer_spec``.
+    """The layers of one pipeline stage and the final norm, to pass to ``GPTModel`` as ``transformer_layer_spec``.
 
-    Each layer finds its kind (nsa, full, window) by its global number when it is built, so stages need no more than the
-    right number of layers. MLPs are Megatron's own.
+    Each layer looks up its kind (nsa, full, window) by its global number when it is built, so a stage's spec need only have
+    the right number of layers. MLPs are Megatron's own.
 
     Args:
         config: an :class:`NSATransformerConfig`, or any ``TransformerConfig`` together with ``settings``.
-        vp_stage: the virtual pipeline stage, with an interleaved schedule.
+        vp_stage: the virtual pipeline stage under an interleaved schedule, else None.
         pp_rank: the pipeline stage; this process's when None.
+        settings: needed with a plain ``TransformerConfig``.
 
     Raises:
-        ValueError: settings that NSA layers cannot follow, or that need CUDA where there is none, or a package called apex that
-            is not NVIDIA's.
+        ValueError: settings that NSA layers cannot follow, settings that need CUDA where there is none, or an installed package
+            called apex that is not NVIDIA's.
     """
     check_apex()
     settings_of(config, settings)
@@ -52,20 +53,23 @@ def get_nsa_layer_spec(
 
 
 def get_nsa_transformer_layer_spec(settings: AttentionSettings | None = None) -> ModuleSpec:
-    """One transformer layer, for code that builds the list of layers itself.
+    """The spec of one transformer layer, for code that builds the list of layers itself.
 
-    Megatron-LM's ``--spec MODULE NAME`` wants such an object (not a function) as a module's attribute; see docs/megatron.md.
-    The final norm is then the one Megatron chooses, which without Transformer Engine refuses sequence parallelism.
+    Megatron-LM's ``--spec MODULE NAME`` takes such an object (not a function) as a module's attribute; see docs/megatron.md.
+    The final norm is then Megatron's choice, which without Transformer Engine refuses sequence parallelism.
 
     Args:
-        settings: needed with a plain ``TransformerConfig``, which is what Megatron-LM's arguments make.
+        settings: needed with a plain ``TransformerConfig``, which is what Megatron-LM makes from its arguments.
+
+    Raises:
+        ValueError: an installed package called apex that is not NVIDIA's.
     """
     check_apex()
     return _with_nsa(get_gpt_layer_local_spec(normalization="RMSNorm"), settings)
 
 
 def _with_nsa(layer: ModuleSpec, settings: AttentionSettings | None) -> ModuleSpec:
-    """A copy of Megatron's local layer with NSA's attention and norms; lists of specs share one object, hence the copy."""
+    """A copy of Megatron's local layer spec with NSA's attention and norms; a copy, because layers may share one spec object."""
     layer = copy.deepcopy(layer)
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm

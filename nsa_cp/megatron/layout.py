@@ -1,4 +1,4 @@
-"""Which tokens a context-parallel rank holds in what Megatron-Core hands over: a batch of sequences, or a pack of documents."""
+"""Derives the SequenceLayout from what Megatron-Core passes to a layer: a batch of sequences, or a pack of documents."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.distributed import ProcessGroup
 from nsa_cp.config import LayoutKind
 from nsa_cp.context_parallel import SequenceLayout, group_rank, group_size
 
-# Attribute of a PackedSeqParams under which its borders lie on the host: the copy from the device is made once a microbatch,
-# not once a layer, and the object itself lives exactly as long as the microbatch.
+# Attribute that caches a PackedSeqParams' borders on the host, so that they are copied from the device once a microbatch and not
+# once a layer. The object lives exactly as long as the microbatch.
 _BORDERS = "_nsa_cp_borders"
 
 
@@ -28,8 +28,12 @@ def sequence_layout(
 ) -> SequenceLayout:
     """The layout of this rank's hidden states [local_length, batch_size, h], flattened with the batch outermost.
 
-    Without ``packed_seq_params`` the batch is a pack of ``batch_size`` documents of ``local_length * cp_size`` tokens, each
-    cut over the ranks; with them the documents are theirs (the padded borders where there are such).
+    Without ``packed_seq_params`` the batch is treated as a pack of ``batch_size`` documents of ``local_length * cp_size`` tokens.
+    With them the documents are those they describe (by padded borders, if there are any). Every document is cut over the ranks.
+
+    Args:
+        kind: how documents are cut, ``NSAConfig.layout``.
+        local_length: tokens of this rank, per sequence.
 
     Raises:
         ValueError: a length that does not fit the cut or the pack, a packed batch larger than 1, or a pack that brings a
@@ -55,7 +59,7 @@ def sequence_layout(
 
 
 def packed_borders(packed_seq_params: PackedSeqParams) -> tuple[int, ...]:
-    """Document borders of a pack as host integers, padded ones where given; copied from the device once an object.
+    """Document borders of a pack as host integers, the padded ones if given. Copied from the device once per object.
 
     Raises:
         ValueError: a format other than thd, no borders, or different borders of queries and keys.
@@ -87,11 +91,12 @@ def make_packed_seq_params(cu_seqlens: Sequence[int], device: torch.device | str
 
 
 def check_sequence_length(length: int, kind: LayoutKind, cp_size: int, sequence_parallel_size: int = 1) -> None:
-    """Refuse a sequence that ranks cannot share equally, as Megatron's pipeline and sequence parallelism need it.
+    """Refuse a sequence that ranks cannot share equally, as Megatron's pipeline and sequence parallelism need.
 
     Args:
         length: tokens of one sequence, over all ranks.
-        sequence_parallel_size: tensor-parallel ranks that share a rank's tokens further; 1 without sequence parallelism.
+        kind: how it is cut, ``NSAConfig.layout``.
+        sequence_parallel_size: tensor-parallel ranks that share each rank's tokens; 1 without sequence parallelism.
 
     Raises:
         ValueError: with the length to pad to.

@@ -1,4 +1,4 @@
-"""A GPTModel with NSA layers."""
+"""Builds Megatron-Core's GPTModel with NSA layers."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def build_gpt_model(
 ) -> GPTModel:
     """Megatron-Core's ``GPTModel`` of one pipeline stage, with NSA's layers and without a position embedding of its own.
 
-    Megatron's model parallelism must be initialised. Weights lie where ``config`` puts them; without CUDA, call it inside
-    :func:`nsa_cp.megatron.cpu_compatibility`.
+    Megatron's model parallelism must be initialised. Weights are on the device that ``config`` says; without CUDA, call this
+    inside :func:`nsa_cp.megatron.cpu_compatibility`.
 
     Args:
         vocab_size: rows of the embedding, a multiple of the tensor-parallel size.
         max_sequence_length: tokens of the longest sequence, over all context-parallel ranks.
-        pre_process: this stage holds the embedding.
-        post_process: this stage holds the output layer.
-        vp_stage: virtual pipeline stage, with an interleaved schedule.
+        pre_process: whether this stage holds the embedding.
+        post_process: whether this stage holds the output layer.
+        vp_stage: virtual pipeline stage under an interleaved schedule, else None.
         **kwargs: further arguments of ``GPTModel``, for example ``share_embeddings_and_output_weights``.
 
     Raises:

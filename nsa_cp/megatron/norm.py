@@ -11,8 +11,9 @@ from nsa_cp.megatron.config import parameter_device
 class RMSNorm(torch.nn.Module):
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension; the reduction of half-precision input is in float32.
 
-    Under sequence parallelism every tensor-parallel rank normalises other rows, so the weight's gradient is a partial sum.
-    The attribute ``sequence_parallel`` makes Megatron's ``finalize_model_grads`` sum it; PyTorch's own norm lacks it.
+    Under sequence parallelism each tensor-parallel rank normalises different tokens, so its gradient of the weight is a partial
+    sum. The weight's attribute ``sequence_parallel`` makes Megatron's ``finalize_model_grads`` add them up; PyTorch's own norm
+    lacks it.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: object) -> None:

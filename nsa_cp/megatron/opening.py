@@ -1,4 +1,4 @@
-"""NSA's selected branch opens late, once the compressed branch has learned what to choose by. See docs/training.md."""
+"""Opens NSA's selected branch late in training, once the compressed branch has learned to rank blocks. See docs/training.md."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nsa_cp.megatron.self_attention import NSASelfAttention
 def close_selected_branches(chunks: Iterable[Module]) -> None:
     """Close the selected branch of all NSA layers: its gate is exactly 0 until :func:`open_selected_branches`.
 
-    Checkpoints do not say so: whoever loads one of a time when the branch was closed calls this again.
+    Checkpoints do not record this: after loading one from a time when the branch was closed, call this again.
 
     Args:
         chunks: this process's model chunks, wrapped or not.
@@ -25,13 +25,13 @@ def close_selected_branches(chunks: Iterable[Module]) -> None:
 
 @torch.no_grad()
 def open_selected_branches(chunks: Sequence[Module], optimizer: Any) -> None:
-    """Open the selected branches that are closed, between two steps; every process calls it.
+    """Open all selected branches that are closed. Call it on every process, between two optimizer steps.
 
-    Where branches have keys and values of their own, the selected one's projections begin as copies of the window's, and the
-    optimizer's main weights follow. Adam's moments stay as they are: 0 for projections that have had no gradient.
+    Unless branches share K/V, the selected branch's key and value projections become copies of the window's, and the optimizer's
+    main weights follow. Adam's moments stay as they are: 0 for projections that have had no gradient.
 
     Args:
-        chunks: this process's model chunks; those in Megatron's DDP if it overlaps the gathering of parameters.
+        chunks: this process's model chunks; give them wrapped in Megatron's DDP if that uses ``overlap_param_gather``.
         optimizer: Megatron's optimizer of these chunks.
 
     Raises:
@@ -66,10 +66,10 @@ def _await_parameters(chunks: Iterable[Module]) -> None:
 
 
 def _reload_main_weights(optimizer: Any, dtype: torch.dtype) -> None:
-    """Let float32 main weights follow the model's weights of ``dtype``, but only those that have changed.
+    """Make float32 main weights follow the model's weights of ``dtype``, but only where the latter have changed.
 
-    Megatron's ``reload_model_params`` overwrites all of them and drops the bits that the model's weights do not have. What they
-    were waits in host memory, of which there is more.
+    Megatron's ``reload_model_params`` overwrites all of them, and so drops the bits that do not fit in ``dtype``. The old values
+    wait in host memory, of which there is more.
     """
     mains = [main for group in optimizer.param_groups for main in group["params"] if main.dtype != dtype]
     before = [main.to("cpu", copy=True) for main in mains]

@@ -1,4 +1,4 @@
-"""Megatron's activation recompute, selective and full, with the selection of the first run."""
+"""Makes Megatron's activation recompute, selective and full, reuse the blocks that the first run chose."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from megatron.core import tensor_parallel
 
 from nsa_cp.ops.recompute import SelectionMemory
 
-# Attribute of the wrapped checkpoint: itself and Megatron's own.
+# Attribute of our wrapper around Megatron's checkpoint, holding (the wrapper itself, Megatron's function).
 _WRAPPED = "_nsa_cp_wrapped"
 
 
 def reuse_selections() -> None:
-    """From now on ``megatron.core.tensor_parallel.checkpoint`` remembers the blocks chosen inside the call it checkpoints.
+    """Patch ``megatron.core.tensor_parallel.checkpoint`` to remember the blocks chosen inside the call it checkpoints.
 
-    Megatron gives a layer no sign of which checkpointed call, of which microbatch, it is being recomputed for. The checkpoint
-    itself knows: its function is wrapped with a memory that lives and dies with it. Calls without NSA layers are as before;
-    doing this again does nothing, and :func:`stop_reusing_selections` undoes it. Transformer Engine's own checkpoint (fp8) is
-    another function: under it layers choose again.
+    Megatron does not tell a layer for which checkpointed call, of which microbatch, it is being recomputed. The checkpoint itself
+    knows, so its function is wrapped with a ``SelectionMemory`` that lives exactly as long as it does. Calls without NSA layers
+    are unaffected. Patching again does nothing; :func:`stop_reusing_selections` undoes it. Transformer Engine's checkpoint (fp8)
+    is another function: under it layers choose again.
     """
     original = tensor_parallel.checkpoint
     # Also true of a wrapper that somebody else has put around ours with functools.wraps.
@@ -42,10 +42,10 @@ def reuse_selections() -> None:
 
 
 def stop_reusing_selections() -> None:
-    """Give Megatron its own ``checkpoint`` back; nothing where it has it already.
+    """Undo :func:`reuse_selections`; without effect if Megatron's own ``checkpoint`` is in place.
 
-    What is in flight still recomputes with its blocks; layers checkpointed from now on choose again in the recomputation. A
-    layer built later with recompute on calls :func:`reuse_selections` anew.
+    Calls in flight still reuse their blocks; calls checkpointed from now on choose again when recomputed. Building another layer
+    with recompute on patches the function anew.
 
     Raises:
         RuntimeError: somebody else has wrapped the function since.

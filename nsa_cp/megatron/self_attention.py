@@ -1,4 +1,4 @@
-"""Self-attention for Megatron-Core's transformer layer: NSA, full or window attention, by the layer's place in the pattern."""
+"""Self-attention for Megatron-Core's transformer layer: NSA, full or window attention, as the layer pattern says."""
 
 from __future__ import annotations
 
@@ -28,20 +28,22 @@ from nsa_cp.megatron.recompute import reuse_selections
 class NSASelfAttention(MegatronModule):
     """Takes the place of Megatron's ``SelfAttention`` in a layer spec.
 
-    One column-parallel projection makes everything that the attention needs. Its output is laid out group by group, so that
-    tensor parallelism shards it by groups: for each group the H queries of width Dk, then for each branch (compressed,
-    selected, window; one branch when K/V are shared, and in ``full`` and ``window`` layers) a key of width Dk and a value
-    of width Dv, then the H * 3 gate logits of an NSA layer with a gate for every head. A gate for every branch is a small
-    projection of its own, because it belongs to no group.
+    One column-parallel projection, ``linear_qkv``, makes everything that the attention needs. Its output is laid out group by
+    group, so that tensor parallelism shards it by groups. Each group has its H queries of width Dk; then, for each branch
+    (compressed, selected, window), a key of width Dk and a value of width Dv (only one such pair if K/V are shared, and in
+    ``full`` and ``window`` layers); then, with ``gate="head"``, 3 gate logits for each of its H heads. With ``gate="branch"`` the
+    gate is a small projection of its own, ``linear_gate``, because it belongs to no group.
 
     Args:
-        config: the model's; NSA's settings come with it, or in ``settings`` beside a plain ``TransformerConfig``.
+        config: the model's settings: an ``NSATransformerConfig``, or a plain ``TransformerConfig`` beside ``settings``.
         submodules: builders of ``linear_qkv`` and ``linear_proj``, as in Megatron's local layer spec.
-        layer_number: global and 1-based, as Megatron's layers pass it; picks the entry of the layer pattern.
+        layer_number: global and 1-based, as Megatron's layers pass it; selects the entry of the layer pattern.
         pg_collection: process groups ``tp`` and ``cp``; Megatron's own when None.
+        settings: the attention's settings, for a plain ``TransformerConfig``.
 
     Attributes:
-        selected_is_open: False holds the selected branch's gate at exactly 0 (see :meth:`close_selected`). Part of no checkpoint.
+        selected_is_open: False while the selected branch's gate is held at exactly 0 (see :meth:`close_selected`). Not saved in
+            checkpoints.
 
     Raises:
         ValueError: settings that the layer cannot follow.
@@ -59,8 +61,8 @@ class NSASelfAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.settings = settings_of(config, settings)
-        # Layers of different kinds have parameters of different shapes, which Megatron can only save under a key for each
-        # layer. (The field's name is Megatron's spelling.)
+        # Layers of different kinds have parameters of different shapes, so Megatron must save each layer under keys of its own.
+        # (The field's name is Megatron's spelling.)
         config.hetereogenous_dist_checkpoint = True
         self.layer_number = layer_number
         self.layer_type = self.settings.layer_type(layer_number)
@@ -75,7 +77,7 @@ class NSASelfAttention(MegatronModule):
         self.num_pairs = nsa.num_branch_kv if is_nsa else 1
         self.selected_is_open = True
         gate_width = nsa.num_gates * self.heads_per_group if is_nsa and nsa.gate == "head" else 0
-        # What one group takes of the fused projection, in order: queries, (key, value) for each branch, gate logits.
+        # Widths of one group's part of the fused projection, in order: queries, (key, value) for each branch, gate logits.
         self.group_widths = [self.heads_per_group * self.qk_dim, *[self.qk_dim, self.v_dim] * self.num_pairs, gate_width]
         self.checkpoint_core_attention = config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
         if config.recompute_granularity is not None:
@@ -123,19 +125,19 @@ class NSASelfAttention(MegatronModule):
         packed_seq_params: PackedSeqParams | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention over the whole sequence, of which this rank holds a part.
+        """Attention of this rank's tokens to the whole sequence. Collective over the ``cp`` and ``tp`` groups.
 
         Args:
             hidden_states: [s/cp, b, h], or [s/(cp*tp), b, h] under sequence parallelism. The s/cp tokens are those that
                 the layout ``nsa.layout`` gives this context-parallel rank, in ascending order.
-            packed_seq_params: documents of a pack (thd, b = 1); None for b sequences of s tokens.
+            packed_seq_params: documents of a pack (thd format, b = 1); None for b sequences of s tokens.
 
         Returns:
-            output [s/cp or s/(cp*tp), b, h] and the output projection's bias, which Megatron adds later.
+            The output [s/cp or s/(cp*tp), b, h], and the output projection's bias (or None), which Megatron adds later.
 
         Raises:
-            ValueError: an argument that NSA has no use for (a mask, rotary embeddings, an inference context), or a
-                length that does not fit the layout.
+            ValueError: an argument that NSA layers cannot honour (a mask, an attention bias, keys and values from elsewhere,
+                rotary embeddings, an inference context), or a length that does not fit the layout.
         """
         _refuse(attention_mask, key_value_states, inference_context, rotary_pos_emb, attention_bias)
         mixed, _ = self.linear_qkv(hidden_states)
@@ -155,20 +157,21 @@ class NSASelfAttention(MegatronModule):
             out = tensor_parallel.checkpoint(attend, False, *tensors)
         else:
             out = attend(*tensors)
-        # A rank may hold no token: no -1 in the shape.
+        # A rank may hold no token, and reshape cannot infer a -1 from an empty tensor.
         out = out.reshape(batch, length, out.shape[1] * out.shape[2]).transpose(0, 1).contiguous()
         return self.linear_proj(out)
 
     def close_selected(self) -> None:
-        """Hold the selected branch's gate at exactly 0: it adds nothing, and neither its gate nor its keys and values get a
+        """Hold the selected branch's gate at exactly 0, so that the branch adds nothing and its gate, keys and values get no
         gradient. Without effect in layers that are not ``nsa``."""
         self.selected_is_open = self.layer_type != "nsa"
 
     def open_selected(self) -> None:
-        """Open the selected branch, if it is closed: it begins with the window's key and value projections, which know by then
-        how to find a token, as its own have learned nothing. Nothing is copied where keys and values are shared.
+        """Open the selected branch if it is closed.
 
-        An optimizer that keeps main weights of its own has to be told: :func:`nsa_cp.megatron.open_selected_branches`.
+        Its key and value projections, which have not been trained, are overwritten with the window branch's, which by then know
+        how to find a token; with shared K/V nothing is copied. If the optimizer keeps main weights of its own, use
+        :func:`nsa_cp.megatron.open_selected_branches`, which updates those, too.
         """
         if self.selected_is_open:
             return
@@ -177,7 +180,7 @@ class NSASelfAttention(MegatronModule):
             self._copy_key_values(2, 1)
 
     def backward_dw(self) -> None:
-        """Weight gradients that Megatron delayed, of both projections."""
+        """Compute the weight gradients of both projections that Megatron has delayed."""
         self.linear_qkv.backward_dw()
         self.linear_proj.backward_dw()
 
@@ -206,7 +209,7 @@ class NSASelfAttention(MegatronModule):
 
     @torch.no_grad()
     def _copy_key_values(self, source: int, *targets: int) -> None:
-        """Give branches (0 compressed, 1 selected, 2 window) the key and value projections of another."""
+        """Copy the key and value projections of branch ``source`` to ``targets`` (0 compressed, 1 selected, 2 window)."""
         for rows in (self.linear_qkv.weight, self.linear_qkv.bias):
             if rows is None:
                 continue
@@ -216,8 +219,8 @@ class NSASelfAttention(MegatronModule):
                     pairs[2 * target + part].copy_(pairs[2 * source + part])
 
     def _split(self, mixed: Tensor) -> list[Tensor]:
-        """[s, b, groups * width] to token-major tensors: q [T, N, Dk], then k [T, G, Dk] and v [T, G, Dv] for each branch,
-        then the gate logits [T, N, 3] where they are part of the projection."""
+        """Split the fused projection [s, b, groups * width] into token-major tensors: q [T, N, Dk], then k [T, G, Dk] and
+        v [T, G, Dv] for each branch, then the gate logits [T, N, 3] if they are part of the projection."""
         parts = _flatten_tokens(mixed).unflatten(1, (self.num_groups, -1)).split(self.group_widths, dim=-1)
         heads = self.num_groups * self.heads_per_group
         tensors = [parts[0].reshape(-1, heads, self.qk_dim), *(part.contiguous() for part in parts[1:-1])]
@@ -226,7 +229,7 @@ class NSASelfAttention(MegatronModule):
         return tensors
 
     def _attend(self, layout: SequenceLayout, *tensors: Tensor) -> Tensor:
-        """Core attention over what :meth:`_split` made, [T, N, Dv]; recomputed as a whole in selective recompute."""
+        """Core attention [T, N, Dv] of the tensors from :meth:`_split`; the part that selective recompute runs again."""
         q, pairs = tensors[0], tensors[1 : 1 + 2 * self.num_pairs]
         keys, values = tuple(pairs[0::2]), tuple(pairs[1::2])
         nsa, rotary = self.settings.nsa, self.settings.rotary
@@ -247,14 +250,14 @@ class NSASelfAttention(MegatronModule):
         )
 
     def _build_core(self, config: TransformerConfig) -> NativeSparseAttention:
-        """The attention of this rank's groups, with the same initial weights for every tensor-parallel size.
+        """The attention of this rank's groups, with initial weights that do not depend on the tensor-parallel size.
 
-        Weights of all groups are drawn from the CPU generator, which Megatron seeds alike on all tensor-parallel ranks, and
-        each rank keeps its slice: the way ``use_cpu_initialization`` treats the linear layers.
+        Every rank draws the weights of all groups from the CPU generator, which Megatron seeds alike on all tensor-parallel
+        ranks, and keeps its slice, as ``use_cpu_initialization`` does for the linear layers.
         """
 
         def make(num_groups: int, **kwargs: Any) -> NativeSparseAttention:
-            """The attention of some of the model's groups."""
+            """An attention with ``num_groups`` of the model's groups."""
             return NativeSparseAttention(
                 self.settings.nsa,
                 num_attention_heads=num_groups * self.heads_per_group,
@@ -268,7 +271,7 @@ class NSASelfAttention(MegatronModule):
             )
 
         whole = make(config.num_query_groups, device="cpu")
-        # A generator of its own: what is drawn here is overwritten, and must not move the shared generator.
+        # A throw-away generator: what is drawn here is overwritten, and must not advance the shared one.
         core = make(self.num_groups, device=parameter_device(config), generator=torch.Generator())
         first = self.tp_group.rank() * self.num_groups
         for own, full in zip(core.parameters(), whole.parameters(), strict=True):
@@ -279,12 +282,12 @@ class NSASelfAttention(MegatronModule):
 
 
 def _flatten_tokens(x: Tensor) -> Tensor:
-    """[s, b, channels] to [b * s, channels]: a batch is a pack with one sequence after the other."""
+    """[s, b, channels] to [b * s, channels]: a batch is treated as a pack, one sequence after the other."""
     return x.transpose(0, 1).reshape(-1, x.shape[-1])
 
 
 def _refuse(mask: Any, key_value_states: Any, inference_context: Any, rotary_pos_emb: Any, bias: Any) -> None:
-    """ValueError for arguments that would have to change the result and do not."""
+    """Raise ValueError for arguments that ought to change the result but which NSA layers would ignore."""
     if rotary_pos_emb is not None:
         raise ValueError(
             "NSA layers rotate queries and keys themselves, by config.rotary, because compressed keys have positions of "

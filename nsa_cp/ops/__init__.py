@@ -1,4 +1,4 @@
-"""The stages of Native Sparse Attention and the whole of it, forward and backward, in torch and Triton."""
+"""Native Sparse Attention as differentiable functions, stage by stage and as a whole, each in plain torch and in Triton."""
 
 from nsa_cp.ops.compression import initial_compressor_weights
 from nsa_cp.ops.pipeline import NSAOutput, native_sparse_attention

@@ -1,4 +1,4 @@
-"""The backward of the three branches, for some of the groups: each branch's dk and dv as soon as its keys are there, then dq."""
+"""Backward of the three branches for a slice of the groups: each branch's dk and dv as soon as its keys arrive, dq last."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from nsa_cp.ops.selected import selected_attention_backward, selection_of
 
 KeyGradients = tuple[torch.Tensor, torch.Tensor]
 
-# From so many pairs of a query's head and a compressed token in one launch on, the compressed branch's backward makes dq, too: 5
-# products a tile where two kernels take 4 and 3, but a kernel that starts and ends slowly (docs/kernels.md). 64k tokens of 32
-# heads have so many, and half of 128k tokens of 16 heads.
+# The compressed branch has a fused backward that makes dk, dv and dq in one kernel: 5 matrix products a tile, where separate
+# kernels for (dk, dv) and dq take 4 + 3. It starts and ends slowly (docs/kernels.md), so it is used from this many pairs of a
+# query head and a visible compressed token in one launch on: those of 64k tokens with 32 heads, or of half the queries of 128k
+# tokens with 16 heads.
 LEAST_PAIRS = 4_000_000_000
-# Bytes of its buffer with dq in float32: as many groups at once as fit in the first, and at most the second.
+# Limits in bytes of its float32 dq buffer: the first is aimed at by taking fewer groups at a time, the second is never exceeded.
 _BUFFER_BYTES, _MOST_BUFFER_BYTES = 1 << 30, 1 << 32
 
 
 class Branch(NamedTuple):
-    """Keys [M, G, Dk] and values [M, G, Dv] that a branch attends to, and its row statistics [T, N]."""
+    """Keys [M, G, Dk] and values [M, G, Dv] that a branch attends to, and the statistics [T, N] of its forward."""
 
     k: torch.Tensor
     v: torch.Tensor
@@ -32,7 +33,9 @@ class Branch(NamedTuple):
 
 
 class ChosenBlocks:
-    """The chosen blocks and, for the Triton kernels, the queries that chose each: sorted once for all groups.
+    """The chosen blocks and, for the Triton kernels, the inverse (for each block, the queries that chose it, its visitors).
+
+    The inverse is sorted once, for all groups.
 
     Args:
         blocks: int32 [T, G, n].
@@ -46,7 +49,7 @@ class ChosenBlocks:
             self.visitors = find_visitors(selection_of(blocks, plan))
 
     def of(self, groups: slice) -> ChosenBlocks:
-        """Those of a slice of groups."""
+        """The same for a slice of the groups."""
         part = object.__new__(ChosenBlocks)
         part.blocks, part.visitors, part.base_group = self.blocks[:, groups], self.visitors, self.base_group + groups.start
         return part
@@ -62,14 +65,16 @@ def five_product_groups(
     *,
     fewer: bool,
 ) -> int:
-    """K/V groups at a time, at most ``most``, for which the compressed branch's backward makes dq, too; 0 if it does not. They
-    divide the groups: kernels are compiled for a number of groups.
+    """How many K/V groups to take at a time with the fused backward of the compressed branch (5 products, see
+    ``LEAST_PAIRS``); 0 if it is not to be used.
+
+    The result divides the number of groups, because kernels are compiled for a number of groups.
 
     Args:
-        q, grad: as of :class:`BranchesBackward`. keys: k, v of one or more branches, with all groups.
-        most: divides the groups.
-        fewer: or fewer groups; otherwise ``most`` or none. What is asked here is about this rank alone, so ranks that send
-            each other slices of groups could come to different slices.
+        q, grad: as for :class:`BranchesBackward`. keys: k and v of one or more branches, with all groups.
+        most: upper bound of the result; divides the number of groups.
+        fewer: whether the result may be less than ``most``; if not it is ``most`` or 0. The answer depends on this rank's sizes,
+            so ranks that exchange slices of groups could otherwise slice differently.
     """
     if not _takes_five_products(q, grad, keys, plan, backend):
         return 0
@@ -85,7 +90,7 @@ def five_product_groups(
 
 
 def _takes_five_products(q: torch.Tensor, grad: torch.Tensor, keys: Sequence[torch.Tensor], plan: NSAPlan, backend: str) -> bool:
-    """Whether the kernel of 5 products takes these tensors, and the one for dq of all branches reads its buffer as it lies."""
+    """Whether the fused kernel takes these tensors, and the dq kernel of all branches can continue from its buffer's layout."""
     if backend != "triton":
         return False
     from nsa_cp.kernels.query_gradients.backward import goes_to_hopper
@@ -98,15 +103,16 @@ def _takes_five_products(q: torch.Tensor, grad: torch.Tensor, keys: Sequence[tor
 
 
 class BranchesBackward:
-    """Gradients of the gated sum of the branches, whose gates are part of the statistics.
+    """Gradients of the gated sum of the branches. The gates come in through the statistics (see ``BranchStatistics``).
 
-    Each branch in turn gives (dk, dv) in the accumulator's dtype; after all three :meth:`query_gradients` gives dq. With the
-    Triton kernels dq is one kernel over all branches (with very few heads a group, several), which then runs while the last
-    branch's dk and dv travel; with five products the compressed branch's part of it is made before.
+    Call :meth:`window`, :meth:`compressed` and :meth:`selected`, in this order; each returns (dk, dv) in the accumulator's dtype.
+    Then :meth:`query_gradients` gives dq. With the Triton kernels that is one kernel over all branches (several with very few
+    heads a group), which runs while the last dk and dv travel; the fused kernel makes the compressed branch's part of it earlier.
 
     Args:
         q: [T, N, Dk]. grad: [T, N, Dv], gradient of the gated sum.
-        five_products: of :func:`five_product_groups`; without effect where a slice's tensors lie otherwise.
+        chosen: blocks of these groups.
+        five_products: use the fused kernel of :func:`five_product_groups`, unless it cannot take the memory layout of this slice.
     """
 
     def __init__(
@@ -115,17 +121,17 @@ class BranchesBackward:
         self.q, self.grad, self.chosen, self.plan, self.backend = q, grad, chosen, plan, backend
         self.five_products = five_products
         self.branches: list[Branch] = []
-        # The torch path's sum over the branches so far.
+        # Torch path: dq summed over the branches so far.
         self.dq: torch.Tensor | None = None
-        # The compressed branch's dq where it is there already, as its kernel leaves it.
+        # Fused kernel: the compressed branch's dq, in that kernel's own layout.
         self.begun: torch.Tensor | None = None
 
     def window(self, branch: Branch) -> KeyGradients:
-        """dk, dv of the window's buffer."""
+        """dk and dv of the window's buffer (own rows and halo)."""
         return self._interval(branch, self.plan.window_intervals)
 
     def compressed(self, branch: Branch) -> KeyGradients:
-        """dk, dv of the compressed tokens."""
+        """dk and dv of the compressed tokens of all ranks, as far as this rank's queries see them."""
         keys = [x for each in (branch, *self.branches) for x in (each.k, each.v)]
         if not (self.five_products and _takes_five_products(self.q, self.grad, keys, self.plan, self.backend)):
             return self._interval(branch, self.plan.compressed_intervals)
@@ -137,7 +143,7 @@ class BranchesBackward:
         return tuple(gradients)
 
     def selected(self, branch: Branch) -> KeyGradients:
-        """dk, dv of the whole sequence."""
+        """dk and dv of the whole sequence's rows, from this rank's queries."""
         self.branches.append(branch)
         plan, chosen = self.plan, self.chosen
         if self.backend == "triton":
@@ -150,7 +156,7 @@ class BranchesBackward:
         return self._add(selected_attention_backward(self.q, k, v, self.grad, statistics, chosen.blocks, plan, self.backend))
 
     def query_gradients(self, out: torch.Tensor) -> None:
-        """Write dq of all branches to ``out`` [T, N, Dk], in its dtype; called last."""
+        """Write dq, summed over the branches, to ``out`` [T, N, Dk] in its dtype. Call it last."""
         assert len(self.branches) == 3
         if self.backend != "triton":
             out.copy_(self.dq)

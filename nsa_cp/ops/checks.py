@@ -1,4 +1,4 @@
-"""Shape checks of the public functions: one sentence with both numbers, before anything runs."""
+"""Shape checks of the public functions, made before anything runs. Errors are one sentence with both numbers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def check_rows(expected: int | None = None, **tensors: torch.Tensor) -> None:
-    """All tensors have ``expected`` rows, or as many as the first.
+    """Check that all tensors have ``expected`` rows, or if that is None as many as the first.
 
     Raises:
         ValueError: naming the tensor that differs and both numbers.
@@ -20,7 +20,7 @@ def check_rows(expected: int | None = None, **tensors: torch.Tensor) -> None:
 
 
 def check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None = None) -> None:
-    """q [T, N, Dk], k [M, G, Dk] and v [M, G, Dv] belong together.
+    """Check that q [T, N, Dk], k [M, G, Dk] and v [M, G, Dv] belong together.
 
     Raises:
         ValueError: dimensions, dtypes or head counts that do not fit.

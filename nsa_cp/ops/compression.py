@@ -1,4 +1,4 @@
-"""Compression: phi summarises l tokens in one compressed token, every d tokens (paper section 3.3.1, eq. 7)."""
+"""Compression: every d tokens, phi summarises a block of l tokens as one compressed token (paper section 3.3.1, eq. 7)."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ CompressorWeights = tuple[torch.Tensor, ...]
 def compress(
     x: torch.Tensor, starts: torch.Tensor, weights: CompressorWeights, config: NSAConfig, backend: str = "torch"
 ) -> torch.Tensor:
-    """phi of the blocks ``x[starts[c] : starts[c] + l]``, one phi for each head; differentiable.
+    """phi of the blocks ``x[starts[c] : starts[c] + l]``, each K/V head with weights of its own; differentiable.
 
     ``mean``: the block mean. ``linear``: ``flatten(x + position) @ weight``. ``mlp``: block mean plus
     ``silu(flatten(x + position) @ w1) @ w2``. Flattening is token-major.
 
     Args:
-        x: [M, G, D].
-        starts: int32 [C], rows of x.
-        weights: ``position`` [G, l, D], ``weight`` [G, l*D, D], ``w1`` [G, l*D, F], ``w2`` [G, F, D].
-        backend: ``torch``, or ``triton`` where blocks that overlap follow each other without gaps.
+        x: [M, G, D], keys or values.
+        starts: int32 [C], the row of x at which each block starts.
+        weights: () for ``mean``, (``position`` [G, l, D], ``weight`` [G, l*D, D]) for ``linear``, (``position``,
+            ``w1`` [G, l*D, F], ``w2`` [G, F, D]) for ``mlp`` with a hidden layer of any width F.
+        backend: ``torch``, or ``triton``, which needs overlapping blocks to start exactly d apart (see
+            ``NSAPlan.compression_is_gapless``).
 
     Returns:
         [C, G, D] in the dtype of x.
@@ -36,8 +38,8 @@ def compress(
 
 
 def _compress(x: torch.Tensor, starts: torch.Tensor, config: NSAConfig, weights: CompressorWeights) -> torch.Tensor:
-    """:func:`compress` in torch: [G, C, D] in the accumulator's dtype, of products' weights rounded to x's, as the kernels take
-    them."""
+    """:func:`compress` in torch: [G, C, D] in the accumulator's dtype. Matrices are first rounded to the dtype of x, as in the
+    kernels."""
     accumulator = accumulator_dtype(x)
     block = torch.arange(config.compress_block_size, device=x.device)
     blocks = x[starts.to(torch.int64)[:, None] + block].permute(2, 0, 1, 3).to(accumulator)
@@ -51,10 +53,10 @@ def _compress(x: torch.Tensor, starts: torch.Tensor, config: NSAConfig, weights:
 
 
 def check_compressor_weights(name: str, weights: CompressorWeights, x: torch.Tensor, config: NSAConfig) -> None:
-    """The weights are those of ``config.compressor`` for the groups and channels of ``x`` [T, G, D].
+    """Check that ``weights`` have the shapes that ``config.compressor`` needs for the groups and channels of ``x`` [T, G, D].
 
     Raises:
-        ValueError: naming the weights' shapes and those that fit.
+        ValueError: with the shapes given and those that fit; ``name`` is what it calls the weights.
     """
     groups, dim, length = x.shape[1], x.shape[2], config.compress_block_size
     hidden = weights[1].shape[-1] if config.compressor == "mlp" and len(weights) == 3 else dim
@@ -90,7 +92,12 @@ class _KernelCompress(torch.autograd.Function):
 def initial_compressor_weights(
     config: NSAConfig, num_groups: int, dim: int, generator: torch.Generator | None = None
 ) -> CompressorWeights:
-    """Weights with which phi is exactly the block mean, float32 on CPU; the layout of :func:`compress`."""
+    """Initial weights of one phi, with which it is the block mean: float32 on the CPU, laid out as :func:`compress` takes them.
+
+    Args:
+        num_groups: G, K/V heads. dim: D, channels of each.
+        generator: draws ``w1`` of ``mlp``, the only weight that is random.
+    """
     length = config.compress_block_size
     if config.compressor == "mean":
         return ()

@@ -9,19 +9,19 @@ import torch
 
 from nsa_cp.config import Backend
 
-# Channels of the widest heads that the kernels' tile tables cover.
+# Channels of the widest head for which the kernels have tile sizes.
 WIDEST_HEAD = 256
 
-# Elements that the torch path makes at once, of scores or of gathered keys: 2 MiB in float32 on a CPU, where they stay in its
-# caches (docs/kernels.md), and 64 MiB elsewhere, where each launch has its price.
+# Most elements of an intermediate (scores, gathered keys) that the torch path makes at once: on a CPU 2 MiB in float32, to stay
+# in its caches (docs/kernels.md), elsewhere 64 MiB, because every launch costs time.
 CPU_CHUNK, DEVICE_CHUNK = 1 << 19, 1 << 24
 
 
 def resolve_backend(backend: Backend, *tensors: torch.Tensor) -> str:
-    """``"torch"`` or ``"triton"`` for ``tensors`` of one dtype and device, channels last.
+    """Which implementation to run, ``"torch"`` or ``"triton"``, for ``tensors`` of one dtype and device, channels last.
 
     Raises:
-        ValueError: ``triton`` asked for where it cannot run; the message says why.
+        ValueError: an unknown backend, or ``triton`` requested where it cannot run; the message says why.
     """
     if backend == "torch":
         return "torch"
@@ -54,7 +54,7 @@ def triton_obstacle(*tensors: torch.Tensor) -> str | None:
 
 
 def chunk_elements(x: torch.Tensor) -> int:
-    """Elements of an intermediate that the torch path makes at once where ``x`` is."""
+    """Most elements of an intermediate that the torch path makes at once on the device of ``x``."""
     return CPU_CHUNK if x.device.type == "cpu" else DEVICE_CHUNK
 
 

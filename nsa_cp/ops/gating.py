@@ -1,4 +1,4 @@
-"""The gated sum of the branches (paper eq. 5) and its row sums in the backward."""
+"""The gated sum of the branches (paper eq. 5), and the per-row statistics that its backward hands to the branches' backward."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from nsa_cp.ops.dispatch import accumulator_dtype
 
 
 class BranchStatistics(NamedTuple):
-    """Row statistics that one branch's backward starts from, [T, N] in the accumulator's dtype.
+    """What one branch's backward needs of its forward, [T, N] each (a number per query and head) in the accumulator's dtype.
 
-    shift: ``lse - log(gate)``: ``exp(score - shift)`` is the gate times the softmax. +inf, which makes it 0, where the row sees
-    nothing or the gate is 0. delta: ``sum(grad * out)``, without the gate; the gradient of the gate.
+    shift: ``lse - log(gate)``, so that ``exp(score - shift)`` is the gate times the softmax; +inf, which makes that 0, where the
+    query sees nothing or the gate is 0. delta: ``sum(grad * out)`` over channels with the gated sum's gradient, which is also
+    the gate's gradient (without the sigmoid's slope).
     """
 
     shift: torch.Tensor
@@ -35,7 +36,10 @@ def combine_forward(outs: Sequence[torch.Tensor], gates: torch.Tensor, backend: 
 def row_statistics(
     grad: torch.Tensor, outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor], gates: torch.Tensor, backend: str
 ) -> torch.Tensor:
-    """Shifts, then deltas, of all branches, [2, branches, T, N]; ``grad`` [T, N, Dv] is the gradient of the gated sum."""
+    """The statistics of all branches (see :class:`BranchStatistics`) in one tensor [2, branches, T, N]: shifts, then deltas.
+
+    ``grad`` [T, N, Dv] is the gradient of the gated sum.
+    """
     if backend == "triton":
         from nsa_cp.kernels.gating.backward import combine_backward as kernel
 
@@ -49,7 +53,7 @@ def row_statistics(
 
 
 def split_statistics(statistics: torch.Tensor) -> list[BranchStatistics]:
-    """For each branch its part of :func:`row_statistics`."""
+    """The result of :func:`row_statistics` as one :class:`BranchStatistics` per branch."""
     return [BranchStatistics(shift, delta) for shift, delta in zip(*statistics, strict=True)]
 
 
@@ -62,7 +66,7 @@ def gate_gradients(statistics: torch.Tensor, gates: torch.Tensor) -> torch.Tenso
 def softmax_statistics(
     grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, grad_lse: torch.Tensor, backend: str
 ) -> BranchStatistics:
-    """The statistics of an attention without a gate that returns its lse too, whose gradient is ``grad_lse``."""
+    """The statistics of an attention by itself, without a gate, whose lse is an output too, with gradient ``grad_lse``."""
     ungated = grad.new_ones(1, 1, 1).expand(grad.shape[0], 1, 1)
     ((shift,), (delta,)) = row_statistics(grad, [out], [lse], ungated, backend)
     return BranchStatistics(shift, delta - grad_lse)

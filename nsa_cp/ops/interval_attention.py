@@ -1,7 +1,7 @@
 """Attention in which each query sees one contiguous range of keys: the window and compressed branches, and dense causal.
 
-Forward and backward are plain functions here; the autograd Functions that use them are in ``stages`` and in
-``pipeline``. Scores are never kept: the backward recomputes them from the log-sum-exp.
+Forward and backward are plain functions here; the autograd Functions around them are in ``stages`` and ``pipeline``. Scores
+are never kept: the backward recomputes them, and the softmax from the saved log-sum-exp.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nsa_cp.ops.intervals import Intervals
 
 
 class AttentionGradients(NamedTuple):
-    """Gradients in the accumulator's dtype: dq [T, N, Dk], dk [M, G, Dk], dv [M, G, Dv]."""
+    """Gradients dq [T, N, Dk], dk [M, G, Dk], dv [M, G, Dv], in the accumulator's dtype because they are still to be summed."""
 
     dq: torch.Tensor
     dk: torch.Tensor
@@ -69,8 +69,9 @@ def interval_attention_backward(
     """Gradients of :func:`interval_attention_forward`.
 
     Args:
-        grad: upstream gradient [T, N, Dv] before the gate: the branch's own is ``gate * grad``, which is never formed.
-        statistics: of the branch, over **all** keys of the query, also those of other buffers.
+        grad: [T, N, Dv], gradient of the gated sum. That of this branch's output is ``gate * grad``, which is never formed: the
+            gate is in ``statistics``.
+        statistics: of the branch over **all** keys a query sees, even when ``k`` and ``v`` hold only some of them.
     """
     if backend == "triton":
         from nsa_cp.kernels.interval_attention.backward import interval_attention_backward as kernel
@@ -84,7 +85,7 @@ def interval_attention_backward(
         if keys.start == keys.stop:
             continue
         count = rows.stop - rows.start
-        # The gate times the softmax.
+        # The gate times the softmax: the shift contains -log(gate).
         p = (_scores(q[rows], k[keys], hidden) - _heads_first(shift[rows], groups)).exp_()
         upstream = _to_groups(grad[rows], groups)
         dp = (upstream @ _group_first(v[keys]).mT).view_as(p)
@@ -96,11 +97,11 @@ def interval_attention_backward(
 
 
 def merge_attention(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
-    """Make ``out`` and ``lse`` attention over their keys and the disjoint ones of ``part``; a few rows at a time.
+    """Merge attention over further keys, ``part`` and ``part_lse``, into ``out`` and ``lse`` in place, by log-sum-exp.
 
     Args:
-        out: [T, N, Dv] and lse: [T, N] in the accumulator's dtype, written over.
-        part: [T, N, Dv]. part_lse: [T, N]. lse is -inf where nothing was seen.
+        out: [T, N, Dv] and lse: [T, N], in the accumulator's dtype; lse is -inf where a query has seen nothing.
+        part: [T, N, Dv] and part_lse: [T, N], over keys disjoint from those before.
     """
     for first in range(0, out.shape[0], 4096):
         rows = slice(first, first + 4096)
@@ -112,12 +113,12 @@ def merge_attention(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, pa
 
 
 def finite(lse: torch.Tensor) -> torch.Tensor:
-    """lse with 0 for -inf: a row that sees nothing then has weights exp(-inf - 0) = 0 in place of exp(-inf + inf) = NaN."""
+    """lse with 0 for -inf: where a query sees nothing, weights are then exp(-inf - 0) = 0 instead of exp(-inf + inf) = NaN."""
     return lse.masked_fill(lse == float("-inf"), 0.0)
 
 
 def _chunks(intervals: Intervals, q: torch.Tensor) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """Row slice, key slice and the mask of keys hidden from each query, [rows, 1, keys], chunk by chunk."""
+    """Chunk by chunk: a slice of query rows, the slice of keys they see, and the mask of hidden keys, [rows, 1, keys]."""
     begin, end = (bound.to(torch.int64) for bound in intervals.of_queries)
 
     def chunk(first: int, last: int, key_first: int, key_last: int) -> tuple[slice, slice, torch.Tensor]:

@@ -1,7 +1,7 @@
-"""Which keys each query sees, as one contiguous range of key rows for each query row.
+"""Which keys each query sees, given as one contiguous range of key rows for each query row.
 
-Window attention, compressed attention and dense causal attention all have this form, on one process as under context
-parallelism: rows stand in ascending global order, so the keys that a query sees stand together, in whatever buffer they lie.
+Window, compressed and dense causal attention all have this form, on one process and under context parallelism alike: every
+buffer keeps its rows in ascending global order, so the keys that a query sees are adjacent in it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ class Intervals:
     """Query row t sees key rows ``begin[t] .. end[t]`` (half open, possibly none) of a buffer of ``num_keys`` rows.
 
     Args:
-        begin: int64 [T], not descending.
-        end: int64 [T], not descending, at least ``begin``.
+        begin: int64 [T], never descending.
+        end: int64 [T], never descending, at least ``begin``.
         num_keys: M, rows of the key buffer.
         device: where the index tensors for kernels live.
-        span: most keys that any query of any rank may see, the same on all ranks; default ``num_keys``.
+        span: upper bound of the keys one query sees, equal on all ranks, because kernels choose tiles (and so roundings) by it;
+            default ``num_keys``.
     """
 
     def __init__(self, begin: np.ndarray, end: np.ndarray, num_keys: int, device: torch.device, span: int | None = None) -> None:
@@ -33,12 +34,13 @@ class Intervals:
     def between(
         cls, low: np.ndarray, high: np.ndarray, keys: np.ndarray, device: torch.device, span: int | None = None
     ) -> Intervals:
-        """Queries that see the keys with global index in ``low[t] .. high[t]``, in a buffer that holds ``keys``, ascending."""
+        """Intervals of queries that see global indices ``low[t] .. high[t]`` (half open), in a buffer whose rows have the
+        ascending global indices ``keys``."""
         return cls(np.searchsorted(keys, low), np.searchsorted(keys, high), len(keys), device, span)
 
     @cached_property
     def num_visible(self) -> int:
-        """Pairs of a query and a key that it sees."""
+        """Number of (query, key) pairs, summed over queries."""
         return int((self.end - self.begin).sum())
 
     @cached_property
@@ -48,17 +50,17 @@ class Intervals:
 
     @cached_property
     def of_keys(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The query rows ``[0][j] .. [1][j]`` that see key row j, int32 [M] each: contiguous because both bounds ascend."""
+        """The inverse: first and end query row that see key row j, int32 [M] each. A range, because both bounds ascend."""
         keys = np.arange(self.num_keys)
         first = np.searchsorted(self.end, keys, side="right")
         last = np.searchsorted(self.begin, keys, side="right")
         return self._to_device(first), self._to_device(np.maximum(first, last))
 
     def query_chunks(self, heads: int, budget: int) -> list[tuple[int, int, int, int]]:
-        """Cut the queries into chunks ``(first, last, key_first, key_last)`` whose scores fit.
+        """Split the queries into chunks ``(first, last, key_first, key_last)``, half open, whose scores fit in memory.
 
-        A chunk scores all its queries against all keys that any of them sees: at most ``budget`` elements over ``heads``
-        heads, and not much more than the keys each query sees (a long chunk in a short window would waste work).
+        A chunk scores all its queries against all keys that any of them sees: at most ``budget`` elements over ``heads`` heads
+        (except in chunks of 16 queries, the smallest), and not many more keys than each query sees, which would waste work.
         """
         chunks, row, total = [], 0, len(self.begin)
         longest = int((self.end - self.begin).max(initial=0))

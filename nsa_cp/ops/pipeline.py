@@ -1,9 +1,10 @@
-"""The whole of Native Sparse Attention as two autograd Functions, on one process and under context parallelism alike.
+"""The whole of Native Sparse Attention as two autograd Functions, the same code on one process and under context parallelism.
 
-One Function holds the three branches, so that communication is issued early and awaited late. It keeps its inputs, the chosen
-blocks and the halo rows, and fetches again in the backward what else came from other ranks. The other is the gated sum. It keeps
-the branch outputs, three times the size of q, and its backward turns them into row statistics: by the time the branches' backward
-allocates anything, autograd has let go of them. Gates are never multiplied with a branch's gradient.
+``_Branches`` computes the three branches in one Function, so that communication is issued early and awaited late. It saves its
+inputs, the chosen blocks and the received halo rows; everything else from other ranks is fetched again in the backward.
+``_GatedSum`` adds the branches up (paper eq. 5). It saves the branch outputs, three times the size of q, and its backward reduces
+them to row statistics (``ops/gating.py``), so autograd has freed them before the branches' backward allocates anything. Products
+of a gate and a branch's gradient are never formed.
 """
 
 from __future__ import annotations
@@ -38,14 +39,16 @@ from nsa_cp.ops.rope import rotation
 from nsa_cp.ops.selected import selected_attention_forward
 from nsa_cp.ops.selection import select_blocks_forward
 
-# Several groups travel together up to so many bytes of raw keys and values: two of 128 bfloat16 channels at 128k tokens.
+# Groups travel together while their raw keys and values stay within this: two groups of 128 bfloat16 channels at 128k tokens.
 _STEP_BYTES = 128 << 20
 
 
 class NSAOutput(NamedTuple):
-    """Result of :func:`native_sparse_attention` for the local rows; all but ``out`` carry no gradient.
+    """Result of :func:`native_sparse_attention` for this rank's rows; only ``out`` carries a gradient.
 
-    out [T, N, Dv]; blocks int32 [T, G, n]; the lse of each branch [T, N].
+    out: [T, N, Dv] in the dtype of q. blocks: int32 [T, G, n], the chosen blocks' indices within the query's document, ascending,
+    padded with -1. lse_*: [T, N], each branch's log-sum-exp (natural logarithm, float32 or, for float64 inputs, float64), -inf
+    where the query sees nothing.
     """
 
     out: torch.Tensor
@@ -55,7 +58,7 @@ class NSAOutput(NamedTuple):
     lse_window: torch.Tensor
 
 
-# torch.compile leaves this as it is: it would trace the plans' numpy, which it cannot cache, anew for every length.
+# Hidden from torch.compile, which would trace the plans' numpy code anew for every length and cannot cache it.
 @torch.compiler.disable
 def native_sparse_attention(
     q: torch.Tensor,
@@ -72,25 +75,30 @@ def native_sparse_attention(
     group: dist.ProcessGroup | None = None,
     blocks: torch.Tensor | None = None,
 ) -> NSAOutput:
-    """Native Sparse Attention (arXiv 2502.11089, section 3) over this rank's rows of a packed sequence.
+    """Native Sparse Attention (arXiv 2502.11089, section 3) of this rank's rows of a packed sequence. Collective over ``group``.
+
+    Differentiable once. Gradients of q, k, v and the gates are complete; those of the compressors' weights come from this rank's
+    tokens only and have to be summed over ``group``.
 
     Args:
         q: [T, N, Dk], unrotated.
-        k, v: [T, G, Dk] and [T, G, Dv], unrotated, for the branches (compressed, selected, window), or one for all three.
-        gates: [T, N or 1, 3], not negative (gradients would be NaN), in the same branch order.
-        k_weights, v_weights: of the compressors, see ``compress``.
-        cu_seqlens: document borders on one process; None is one document. Leave it out when ``layout`` is given.
-        rotary: rotate queries and keys at their document positions; None leaves them as they are.
-        layout: which rows this rank holds; its cp_size must be the size of ``group``.
+        k, v: tensors [T, G, Dk] (unrotated) and [T, G, Dv], one per branch in the order compressed, selected, window; with
+            ``config.shared_kv`` a single one.
+        gates: [T, N or 1, 3], branches in the same order; must not be negative (gradients would be NaN).
+        k_weights, v_weights: the compressors' weights as ``nsa_cp.ops.compression.compress`` takes them.
+        cu_seqlens: document borders as host integers 0, ..., T, for a single process; None is one document. Ignored when
+            ``layout`` is given.
+        rotary: rotate queries and keys at their positions in the document; None for no position embedding.
+        layout: the sequence's documents, and which rows this rank holds; its cp_size must be the size of ``group``.
         group: context-parallel process group; None is a single process.
-        blocks: int32 [T, G, n], a selection to use in place of the scored one: numbers within the query's document of blocks that
-            start at or before the query, each at most once, padded with -1 (of this only shape and type are checked).
+        blocks: int32 [T, G, n], a selection to use instead of scoring: indices within the query's document of blocks that start
+            at or before the query, no block twice, padded with -1. Only shape, dtype and device are checked.
 
     Returns:
-        The output and what was chosen, :class:`NSAOutput`.
+        The output, the chosen blocks and each branch's lse: :class:`NSAOutput`.
 
     Raises:
-        ValueError: inputs that do not fit together or to the layout, a backend that cannot run, or ranks that disagree.
+        ValueError: inputs that do not fit together or do not fit the layout, a backend that cannot run, or ranks that disagree.
     """
     if layout is None:
         layout = SequenceLayout.build(q.shape[0] if cu_seqlens is None else cu_seqlens)
@@ -116,11 +124,13 @@ def native_sparse_attention(
 
 
 def groups_a_step(groups: int, group_bytes: int) -> int:
-    """K/V groups whose raw rows travel and are computed on together under context parallelism: one, or, where rows of one group
-    are few, as many as make kernels long enough to start and end well; they divide the groups, and are half of them at most.
+    """How many K/V groups of the selected branch travel, and are computed on, together under context parallelism.
+
+    One, or more in short sequences, where a kernel on one group would be too brief to use the device well. The result divides
+    the number of groups and is at most half of it, so that one transfer can overlap with computation.
 
     Args:
-        group_bytes: of keys and values of one group, whole sequence.
+        group_bytes: bytes of the keys and values of one group over the whole sequence.
     """
     most = min(groups // 2, _STEP_BYTES // max(1, group_bytes))
     return max((n for n in range(1, most + 1) if groups % n == 0), default=1)
@@ -128,7 +138,7 @@ def groups_a_step(groups: int, group_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class _Call:
-    """What one call carries besides tensors."""
+    """What one call of :func:`native_sparse_attention` carries besides tensors."""
 
     plan: NSAPlan
     group: dist.ProcessGroup | None
@@ -139,11 +149,11 @@ class _Call:
 
     @property
     def alone(self) -> bool:
-        """Whether this process has the whole sequence."""
+        """Whether this process holds the whole sequence."""
         return group_size(self.group) == 1
 
     def halo_exchange(self) -> HaloExchange:
-        """For (k_cmp, v_cmp, k_win, v_win)."""
+        """A new exchange for (k_cmp, v_cmp, k_win, v_win)."""
         plan = self.plan
         # Shared values, and shared keys rotated before compression, are one tensor in both branches and travel once.
         same_keys = plan.config.shared_kv and (self.rotary is None or plan.config.compressed_rope == "before")
@@ -152,7 +162,7 @@ class _Call:
         return HaloExchange(halos, self.group, same_as)
 
     def groups_at_once(self, k: torch.Tensor, v: torch.Tensor) -> int:
-        """K/V groups of the selected branch computed on at a time: all on one process."""
+        """How many K/V groups of the selected branch are computed on at a time; on one process all of them."""
         groups = k.shape[1]
         if self.alone:
             return groups
@@ -163,7 +173,7 @@ class _Call:
         return slice(groups.start * self.heads_per_group, groups.stop * self.heads_per_group)
 
     def compress(self, k: torch.Tensor, v: torch.Tensor, weights: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """This rank's compressed keys, rotated where that comes after compression, and values."""
+        """This rank's compressed keys (rotated here under ``compressed_rope="after"``) and values, from rows with halo."""
         plan = self.plan
         k_weights, v_weights = tuple(weights[: self.num_k_weights]), tuple(weights[self.num_k_weights :])
         backend = self.backend if plan.compression_is_gapless else "torch"
@@ -174,10 +184,11 @@ class _Call:
 
 
 class _Branches(torch.autograd.Function):
-    """The chosen blocks, a place for the row statistics, the outputs of the three branches [T, N, Dv] and their lses [T, N].
+    """Returns the chosen blocks, a placeholder, and the three branches' outputs [T, N, Dv] and lses [T, N].
 
-    The backward wants no gradients of its outputs: the gated sum's upstream gradient comes in the place of the first branch's,
-    and the row statistics [2, 3, T, N], which hold the gates' part, come as the gradient of an output that is never filled.
+    Its backward is fed by :class:`_GatedSum` alone, and not with the true gradients of these outputs: the gated sum's upstream
+    gradient arrives as the "gradient" of the first branch's output, and the row statistics [2, 3, T, N], which contain the gates,
+    as that of the placeholder, an output of this shape that is never filled.
     """
 
     @staticmethod
@@ -188,7 +199,7 @@ class _Branches(torch.autograd.Function):
         halo.start([k_cmp, v_cmp, k_win, v_win])
         *buffers, k_window, v_window = halo.wait()
         compressed = call.compress(*buffers, weights)
-        # Small messages first: the compressed tokens, then the first groups' raw keys and values.
+        # Small messages first: the compressed tokens, then raw keys and values of the first slice of groups.
         whole = _CompressedTokens(call, compressed)
         raw = _GroupGather(call, k_slc, v_slc, call.groups_at_once(k_slc, v_slc))
         out_win, lse_win = interval_attention_forward(q, k_window, v_window, plan.window_intervals, backend)
@@ -217,7 +228,7 @@ class _Branches(torch.autograd.Function):
         compression = _RecomputedCompression(call, k_buffer, v_buffer, weights)
         gathered = RowGather(compression.outputs, plan.compressed_partition, call.group)
         at_once = call.groups_at_once(k_slc, v_slc)
-        # Slices are messages, which all ranks must cut alike.
+        # A slice of groups is a message, so all ranks must slice alike; only a process alone may take fewer groups.
         five = five_product_groups(q, grad, (k_window, v_window), plan, call.backend, at_once, fewer=call.alone)
         raw = _GroupGather(call, k_slc, v_slc, five or at_once)
         chosen = ChosenBlocks(blocks, plan, call.backend)
@@ -228,30 +239,30 @@ class _Branches(torch.autograd.Function):
         slc_sums: list[RowReduceScatter] = []
         for groups, raw_part in raw:
             heads = call.heads_of(groups)
-            # One copy for a slice of heads, which otherwise every kernel would make of its own.
+            # One contiguous copy of this slice of heads, which every kernel would otherwise make for itself.
             cmp, slc, win = split_statistics(statistics[..., heads].contiguous())
             backward = BranchesBackward(q[:, heads], grad[:, heads], chosen.of(groups), plan, call.backend, five > 0)
-            # What is awaited last is used last.
+            # In the order in which keys arrive: the window's are here already, the selected branch's come last.
             windows.append(backward.window(Branch(k_window[:, groups], v_window[:, groups], win)))
             if k_whole is None:
                 k_whole, v_whole = gathered.wait()
             d_cmp = backward.compressed(Branch(k_whole[:, groups], v_whole[:, groups], cmp))
-            # Only now: programs of the five products wait for each other, so that a transfer beside some could delay all.
+            # Only now: programs of the fused kernel wait for each other, so a transfer beside some of them could delay all.
             raw.start_next()
             cmp_sums.append(RowReduceScatter(d_cmp, plan.compressed_partition, call.group))
             d_slc = backward.selected(Branch(*raw_part.wait(), slc))
             slc_sums.append(RowReduceScatter(d_slc, plan.row_partition, call.group))
             del raw_part, d_cmp, d_slc
             if groups == raw.slices[-1] and not call.alone:
-                # The halo's gradients and the last sums travel beside the last kernel. Sums before these are through by then.
+                # The halo's gradients and the last sums travel beside the last kernel; earlier sums have arrived by then.
                 _settle(slc_sums[:-1])
                 dweights = _finish_buffers(compression, halo, windows, cmp_sums, accumulator)
             backward.query_gradients(out=dq[:, heads])
-            # One slice's sums travel while the next one computes; no more, for they are as long as the whole sequence.
+            # At most one slice's sums travel while the next slice computes: each is as long as the whole sequence.
             _settle([*cmp_sums[:-1], *slc_sums[:-1]])
             del backward
         if call.alone:
-            # Nothing travels, and less is held at a time.
+            # Nothing travels, so this can wait until after dq, when less memory is in use.
             dweights = _finish_buffers(compression, halo, windows, cmp_sums, accumulator)
         d_slc = _join_groups([sums.wait() for sums in slc_sums], q.dtype)
         dk_cmp, dv_cmp, dk_win, dv_win = halo.wait_return()
@@ -260,7 +271,7 @@ class _Branches(torch.autograd.Function):
 
 
 class _GatedSum(torch.autograd.Function):
-    """What :class:`_Branches` gives, weighted by the gates, to the output."""
+    """The gated sum of what :class:`_Branches` returns; ``branches`` are three outputs, then three lses."""
 
     @staticmethod
     @exact_forward
@@ -278,10 +289,10 @@ class _GatedSum(torch.autograd.Function):
 
 
 class _GroupGather:
-    """Whole K and V of the selected branch, a slice of groups at a time: the first is on its way from construction, the one after
-    the slice in hand from :meth:`start_next`.
+    """Gathers K and V of the whole sequence for the selected branch, a slice of ``at_once`` groups at a time.
 
-    ``at_once``: groups of a slice.
+    The first slice is under way from construction on; in every round of the iteration the caller starts the next one by
+    :meth:`start_next`, when its transfer disturbs least.
     """
 
     def __init__(self, call: _Call, k: torch.Tensor, v: torch.Tensor, at_once: int) -> None:
@@ -291,7 +302,7 @@ class _GroupGather:
         self.start_next()
 
     def start_next(self) -> None:
-        """Send for the slice after the last one sent for, if there is one."""
+        """Start gathering the next slice, if there is one."""
         started = len(self.under_way)
         if started < len(self.slices):
             groups = self.slices[started]
@@ -305,19 +316,19 @@ class _GroupGather:
 
 
 class _CompressedTokens:
-    """Compressed keys and values of all ranks: on their way from the start, resident once attended to."""
+    """Compressed keys and values of all ranks: under way from construction, complete after :meth:`attend`."""
 
     def __init__(self, call: _Call, own: Sequence[torch.Tensor]) -> None:
         self.call, self.own = call, own
         self.keys = own[0]
-        # Merged from shards, the log-sum-exp depends in its last bits on their order, and with it the choice between nearly
-        # equal blocks. Scoring then forms its own, so that the choice is one process's, bit for bit.
+        # Whether the branch's lse comes from one pass over all keys. Merged from a ring's shards, its last bits depend on their
+        # order, and with it the choice between nearly equal blocks; scoring then recomputes it, to choose as one process does.
         self.in_one_pass = call.alone or call.plan.config.compressed_comm == "all_gather"
         transport = RowRing if call.plan.config.compressed_comm == "ring" else RowGather
         self.transport = transport(own, call.plan.compressed_partition, call.group)
 
     def attend(self, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The compressed branch; afterwards ``keys`` holds the complete keys [C, G, Dk]."""
+        """The compressed branch's out [T, N, Dv] and lse [T, N]; afterwards ``keys`` holds the keys of all ranks, [C, G, Dk]."""
         plan, backend = self.call.plan, self.call.backend
         if isinstance(self.transport, RowGather):
             self.keys, values = self.transport.wait()
@@ -335,7 +346,7 @@ class _CompressedTokens:
 
 
 class _RecomputedCompression:
-    """The compressor run again in the backward, so that its activations are not kept from the forward."""
+    """The compressors, run again in the backward so that their activations need not be kept from the forward."""
 
     def __init__(self, call: _Call, k: torch.Tensor, v: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
         with torch.enable_grad():
@@ -344,14 +355,15 @@ class _RecomputedCompression:
         self.outputs = [x.detach() for x in self._graph]
 
     def backward(self, gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Gradients of k, v (in the accumulator's dtype: halo rows are still to be added) and of the weights."""
+        """Gradients of k and v (in the accumulator's dtype, as gradients from other ranks' halos are still to be added), then of
+        the weights."""
         upstream = [g.to(x.dtype) for g, x in zip(gradients, self._graph, strict=True)]
         dk, dv, *dweights = torch.autograd.grad(self._graph, self.inputs, upstream)
         return [dk.to(accumulator_dtype(dk)), dv.to(accumulator_dtype(dv)), *dweights]
 
 
 def _settle(sums: Sequence[RowReduceScatter]) -> None:
-    """Wait, so that what was sent is let go of."""
+    """Wait for these sums, which frees the messages they sent."""
     for each in sums:
         each.wait()
 
@@ -363,10 +375,13 @@ def _finish_buffers(
     cmp_sums: list[RowReduceScatter],
     dtype: torch.dtype,
 ) -> list[torch.Tensor]:
-    """Gradients of the buffers with halo rows, whose rows set out to their owners; returns those of the compressors' weights.
+    """Form the gradients of the buffers with halo rows, start sending halo rows back to their owners, and return the gradients of
+    the compressors' weights.
 
     Args:
-        windows, cmp_sums: the window's and the compressed tokens' gradients, of each slice of groups; emptied.
+        windows, cmp_sums: gradients of the window's buffers and of the compressed tokens, one entry per slice of groups; both
+            lists are emptied.
+        dtype: of the gradients that are sent.
     """
     d_compressed = _join_groups([sums.wait() for sums in cmp_sums], dtype)
     dk, dv, *dweights = compression.backward(d_compressed)
@@ -379,7 +394,7 @@ def _finish_buffers(
 def _selected_branch(
     call: _Call, q: torch.Tensor, blocks: torch.Tensor, raw: _GroupGather, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Selected attention, one slice of groups after the other as its keys and values arrive."""
+    """Selected attention, one slice of groups after the other as their keys and values arrive."""
     if len(raw.slices) == 1:
         ((_, under_way),) = raw
         return selected_attention_forward(q, *under_way.wait(), blocks, call.plan, call.backend)
@@ -395,7 +410,7 @@ def _selected_branch(
 
 
 def _join_groups(parts: Sequence[Sequence[torch.Tensor]], dtype: torch.dtype) -> list[torch.Tensor]:
-    """Tensors [rows, G, D] of a dtype from those of each slice of groups."""
+    """Tensors [rows, G, D] in ``dtype`` from the parts of each slice of groups."""
     return [_join(slices, dtype) for slices in zip(*parts, strict=True)]
 
 
@@ -405,7 +420,7 @@ def _join(slices: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     rows, _, width = slices[0].shape
     counts = [x.shape[1] for x in slices]
     joined = slices[0].new_empty(rows, sum(counts), width, dtype=dtype)
-    # Joined and rounded in one pass.
+    # Concatenates and converts in one pass.
     for place, x in zip(joined.split(counts, 1), slices, strict=True):
         place.copy_(x)
     return joined

@@ -1,4 +1,8 @@
-"""All index structures of a layout on a device, with and without NSA's settings: made once, shared by every layer and step."""
+"""Plans: the index tensors that a layout (and NSA's settings) imply, built once per device and shared by all layers and steps.
+
+They are computed on the host from the layout alone, so no kernel derives a position from a rank and nothing is read back from the
+device. Ranges are half open. A local row is a token of this rank; a global row is its place in the whole packed sequence.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +16,17 @@ from nsa_cp.context_parallel import HaloRows, RowPartition, SequenceLayout
 from nsa_cp.context_parallel.layout import expand_ranges
 from nsa_cp.ops.intervals import Intervals
 
-# Plans kept of each kind: at a million tokens one takes some 60 MiB of the device and 90 MiB of the host, and packs that are
-# drawn anew are never met again. As many as a pipeline has microbatches in flight.
+# Plans kept of each kind. At a million tokens one takes some 60 MiB on the device and 90 MiB on the host, and the layout of a
+# freshly drawn pack never recurs, so only as many are kept as a pipeline has microbatches in flight.
 _PLANS_KEPT = 8
 
 
 class LayoutPlan:
-    """Index structures of a layout alone, whatever the attention. Build it with :func:`get_layout_plan`."""
+    """Index tensors that depend on the layout alone, for every kind of attention. Get one from :func:`get_layout_plan`."""
 
     def __init__(self, layout: SequenceLayout, device: torch.device) -> None:
         self.layout, self.device = layout, device
-        # Digests of what the ranks of a group have confirmed about this layout: see `start_agreement`.
+        # Digests of the calls with this layout on which a group's ranks have been found to agree; kept for `start_agreement`.
         self.agreed: dict[tuple, int] = {}
 
     @cached_property
@@ -32,12 +36,12 @@ class LayoutPlan:
 
     @cached_property
     def row_partition(self) -> RowPartition:
-        """Raw rows by rank."""
+        """Which rank holds which token of the sequence."""
         return RowPartition(self.layout.row_owner, self.layout.cp_size).to(self.device)
 
     @cached_property
     def consecutive_runs(self) -> list[tuple[int, int, int]]:
-        """Runs of local rows that are consecutive in one document: ``(rows, document, tokens of it up to the last row)``."""
+        """Runs of local rows consecutive in a document: ``(number of rows, document, its tokens up to the last row)``."""
         rows, documents, positions = self.layout.local_rows, self.layout.local_documents, self.layout.local_positions
         breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(documents) != 0)) + 1
         edges = [0, *breaks.tolist(), len(rows)] if len(rows) else []
@@ -49,9 +53,9 @@ class LayoutPlan:
 
 
 class NSAPlan(LayoutPlan):
-    """Positions, intervals and owners that the stages read. Compressed tokens and blocks are numbered over all documents.
+    """Index tensors of NSA: positions, intervals and owners that its stages read.
 
-    Build it with :func:`get_plan`, which keeps recent plans.
+    Compressed tokens and blocks are numbered consecutively over all documents of the pack. Get one from :func:`get_plan`.
     """
 
     def __init__(self, layout: SequenceLayout, config: NSAConfig, device: torch.device) -> None:
@@ -71,7 +75,7 @@ class NSAPlan(LayoutPlan):
 
     @cached_property
     def document_runs(self) -> list[tuple[int, int, int]]:
-        """Maximal runs of local rows in one document: ``(first row, last row, document)``."""
+        """Maximal runs of local rows of one document, ``(first row, end row, document)``; gaps between chunks do not end one."""
         documents = self.layout.local_documents
         edges = np.flatnonzero(np.diff(documents, prepend=-1, append=-1)) if len(documents) else np.zeros(1, dtype=np.int64)
         return [(int(a), int(b), int(documents[a])) for a, b in zip(edges[:-1], edges[1:], strict=True)]
@@ -80,7 +84,7 @@ class NSAPlan(LayoutPlan):
 
     @cached_property
     def compressed_base(self) -> np.ndarray:
-        """Number of the first compressed token of each document, and the total last, int64 [documents + 1]."""
+        """Number of each document's first compressed token, then the total C: int64 [documents + 1]."""
         return np.concatenate([[0], np.cumsum(self.compressed_counts)])
 
     @cached_property
@@ -95,28 +99,31 @@ class NSAPlan(LayoutPlan):
 
     @cached_property
     def compressed_partition(self) -> RowPartition:
-        """Compressed tokens by rank: a token belongs to the rank of its last row, so that only left halos are needed."""
+        """Which rank makes which compressed token: that of the block's last row, so that a halo on the left is enough."""
         owner = self.layout.row_owner[self.compressed_start + self.config.compress_block_size - 1]
         return RowPartition(owner, self.layout.cp_size).to(self.device)
 
     @cached_property
     def own_compressed(self) -> np.ndarray:
-        """Numbers of the compressed tokens this rank makes, ascending int64."""
+        """Numbers of the compressed tokens that this rank makes, ascending int64."""
         return self.compressed_partition.rows[self.layout.cp_rank]
 
     @cached_property
     def compression_halo(self) -> HaloRows:
-        """The l - 1 rows before each chunk."""
+        """The l - 1 rows before each of this rank's chunks."""
         return HaloRows(self.layout, self.config.compress_block_size - 1).to(self.device)
 
     @cached_property
     def compression_starts(self) -> torch.Tensor:
-        """Row of the compression buffer at which each own compressed token starts, int32."""
+        """Row of the compression buffer (own rows and halo) at which the block of each own compressed token starts, int32."""
         return self._tensor(np.searchsorted(self.compression_halo.buffer_rows, self.compressed_start[self.own_compressed]))
 
     @cached_property
     def compression_is_gapless(self) -> bool:
-        """Own blocks that overlap follow each other at stride d: not so only where another rank's chunk is shorter than l."""
+        """Whether own blocks that overlap always start exactly d apart, as the Triton compressor needs.
+
+        False only where a chunk of another rank, shorter than l, lies between chunks of this one.
+        """
         steps = np.diff(self.compressed_start[self.own_compressed])
         return bool(np.all((steps == self.config.compress_stride) | (steps >= self.config.compress_block_size)))
 
@@ -129,7 +136,7 @@ class NSAPlan(LayoutPlan):
 
     @cached_property
     def _compressed_range(self) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers of the compressed tokens each local query sees: token i iff i*d + l - 1 <= position."""
+        """First and end number of the compressed tokens that each local query sees: token i iff i*d + l - 1 <= position."""
         base = self.compressed_base[self.layout.local_documents]
         last_seen = self.layout.local_positions - self.config.compress_block_size + 1
         visible = np.maximum(0, last_seen // self.config.compress_stride + 1)
@@ -137,12 +144,12 @@ class NSAPlan(LayoutPlan):
 
     @cached_property
     def compressed_intervals(self) -> Intervals:
-        """Compressed tokens each query sees in the complete buffer [C]."""
+        """Compressed tokens that each local query sees in the complete buffer of C."""
         return Intervals(*self._compressed_range, int(self.compressed_base[-1]), self.device)
 
     @cached_property
     def shard_intervals(self) -> tuple[Intervals, ...]:
-        """For each rank, the compressed tokens each local query sees in the shard that rank made."""
+        """For each rank, the compressed tokens that each local query sees in that rank's shard."""
         return tuple(Intervals.between(*self._compressed_range, rows, self.device) for rows in self.compressed_partition.rows)
 
     @cached_property
@@ -154,12 +161,12 @@ class NSAPlan(LayoutPlan):
 
     @property
     def window_halo(self) -> HaloRows:
-        """The w - 1 rows before each chunk."""
+        """The w - 1 rows before each of this rank's chunks."""
         return self._window[0]
 
     @property
     def window_intervals(self) -> Intervals:
-        """Rows of the window buffer each query sees: exactly the last w of its document, its own included."""
+        """Rows of the window buffer (own rows and halo) that each local query sees: up to w, the query's own last."""
         return self._window[1]
 
     @cached_property
@@ -170,7 +177,7 @@ class NSAPlan(LayoutPlan):
 
     @cached_property
     def block_base(self) -> torch.Tensor:
-        """Number of the first block of each local query's document, int32 [T]."""
+        """Number of the first block of each local query's document, int32 [T]: added to a block's index in the document."""
         base = np.cumsum(self.block_counts) - self.block_counts
         return self._tensor(base[self.layout.local_documents])
 
@@ -200,19 +207,19 @@ class NSAPlan(LayoutPlan):
 
 @lru_cache(maxsize=_PLANS_KEPT)
 def get_layout_plan(layout: SequenceLayout, device: torch.device) -> LayoutPlan:
-    """The plan of a layout alone on a device; the most recent ones are kept."""
+    """The plan of a layout alone on a device. The most recent ones are cached."""
     return LayoutPlan(layout, device)
 
 
 @lru_cache(maxsize=_PLANS_KEPT)
 def get_plan(layout: SequenceLayout, config: NSAConfig, device: torch.device) -> NSAPlan:
-    """The plan of a layout and settings on a device; the most recent ones are kept."""
+    """The plan of a layout and NSA's settings on a device. The most recent ones are cached."""
     return NSAPlan(layout, config, device)
 
 
 @lru_cache(maxsize=_PLANS_KEPT)
 def get_window_plan(layout: SequenceLayout, window_size: int, device: torch.device) -> tuple[HaloRows, Intervals]:
-    """Halo and intervals of a sliding window of ``window_size`` keys, the query's own included; recent ones are kept."""
+    """Halo and intervals of a sliding window of ``window_size`` keys, the query's own included. Recent ones are cached."""
     halo, rows = HaloRows(layout, window_size - 1), layout.local_rows
     first = np.maximum(layout.local_document_starts, rows - window_size + 1)
     return halo.to(device), Intervals.between(first, rows + 1, halo.buffer_rows, device, window_size)

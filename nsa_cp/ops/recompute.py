@@ -1,7 +1,7 @@
-"""Activation recompute without choosing blocks again: what a checkpoint's first run chose, its recomputation reuses.
+"""Activation checkpointing without choosing blocks twice: the recomputation reuses the blocks that the first run chose.
 
-Choosing again would cost the scoring pass, and two blocks of nearly equal score may change places when anything before them
-was rounded otherwise. Then the gradient would be that of another selection.
+Choosing again would cost another scoring pass; and if anything before it were rounded differently, two blocks of nearly equal
+score could change places, and the gradient would be that of another selection than the forward's.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 
 
 class SelectionMemory:
-    """The blocks chosen inside one checkpointed call, in the order of the layers in it. Make one for each call
-    and run the call inside ``with memory:``, the first time and every time.
+    """The blocks chosen inside one checkpointed call, in the order of the layers in it.
 
-    Whoever runs the call again (the checkpoint, kept alive by the graph of its output) has to hold it, and then nothing can be
-    mixed up, whatever the order of microbatches; when the graph goes, so do the blocks: int32 [T, G, n] a layer.
+    Make one for each call, and enter it (``with memory:``) around the call's first run and around every recomputation. Let the
+    checkpoint itself hold it: then blocks of different microbatches cannot be mixed up, and they are freed with the autograd
+    graph. It holds int32 [T, G, n] for each layer.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class SelectionMemory:
         self._next = 0
 
     def __enter__(self) -> SelectionMemory:
-        """One run of the call: the first that ends well is remembered, every later one reuses its blocks."""
+        """Begin a run of the call: the first that succeeds is remembered, every later one reuses its blocks."""
         if not self._complete:
             self._blocks.clear()
         self._next = 0
@@ -33,25 +33,25 @@ class SelectionMemory:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """End of the run; one that failed is not remembered."""
+        """End the run; one that raised is not remembered."""
         _active().remove(self)
         self._complete |= kind is None
 
 
 def recall_selection() -> torch.Tensor | None:
-    """For a layer about to choose: the blocks it chose in the first run of the checkpoint it runs in; None in a first run."""
+    """Called by a layer about to choose: its blocks of the checkpointed call's first run, or None if this is no recomputation."""
     recalled = None
     for memory in _active():
         if memory._complete:
             assert memory._next < len(memory._blocks), "a recomputation runs more layers than the first run"
-            # Of nested checkpoints all know the same blocks.
+            # Nested checkpoints all remember the same blocks, so any of them will do.
             recalled = memory._blocks[memory._next]
             memory._next += 1
     return recalled
 
 
 def remember_selection(blocks: torch.Tensor) -> None:
-    """Hand the blocks a layer attended to, [T, G, n], to the checkpoints whose first run this is."""
+    """Called by a layer that has attended to ``blocks`` [T, G, n]: every checkpoint whose first run this is keeps them."""
     for memory in _active():
         if not memory._complete:
             memory._blocks.append(blocks.detach())

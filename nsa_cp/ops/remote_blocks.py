@@ -1,4 +1,4 @@
-"""How much of what other ranks hold the local queries chose: the figures that decide whether fetching on demand would pay."""
+"""How many of the chosen blocks lie on other ranks: figures that tell whether fetching blocks on demand would pay."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from nsa_cp.ops.plan import get_plan
 
 
 class RemoteBlocks(NamedTuple):
-    """Float32 scalars on the device of the blocks; reading one waits for the device.
+    """Two fractions as float32 scalars on the device of the blocks; reading one waits for the device.
 
-    A block is remote when another rank holds any row of it.
+    A block is remote if another rank holds any of its rows.
 
     Attributes:
-        chosen: of the blocks that local queries chose, counted once a query and group, the fraction that is remote.
-        needed: of the remote blocks of the sequence, counted once a group, the fraction that some local query chose. The gather
-            of the selected branch brings all of them; fetching on demand would bring this fraction.
+        chosen: of all choices of local queries (one per query, group and block), the fraction that is remote.
+        needed: of all remote blocks of the sequence (counted per group), the fraction that at least one local query chose. The
+            selected branch's all-gather brings every remote block; fetching on demand would bring only this fraction.
     """
 
     chosen: torch.Tensor
@@ -28,20 +28,20 @@ class RemoteBlocks(NamedTuple):
 
 @torch.no_grad()
 def remote_blocks(blocks: torch.Tensor, layout: SequenceLayout, config: NSAConfig) -> RemoteBlocks:
-    """Compare a selection with what this rank holds; nothing waits for the device.
+    """Compare a selection with what this rank holds, without waiting for the device.
 
     Args:
-        blocks: int32 [T, G, n], what ``native_sparse_attention`` chose for the rows of ``layout``; -1 is no block.
-        config: the settings it was chosen with.
+        blocks: int32 [T, G, n], what ``native_sparse_attention`` chose for this rank's rows of ``layout``; -1 is no block.
+        layout, config: those of the call that chose them.
 
     Returns:
-        both fractions; 0 where there is nothing to choose or nothing is remote, as on a single process.
+        Both fractions; 0 where nothing was chosen or nothing is remote, as on a single process.
     """
     if layout.cp_size == 1:
         return RemoteBlocks(*torch.zeros(2, device=blocks.device))
     plan = get_plan(layout, config, blocks.device)
     is_remote = plan.block_is_remote
-    # Choices of no block are counted on a row of their own behind the last block.
+    # Padding (-1) is counted in an extra row behind the last block.
     number = torch.where(blocks >= 0, blocks + plan.block_base[:, None, None], len(is_remote)).long()
     picks = blocks.new_zeros(len(is_remote) + 1, blocks.shape[1])
     rows = number.transpose(1, 2).flatten(0, 1)

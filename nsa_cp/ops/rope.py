@@ -1,4 +1,4 @@
-"""Rotary position embedding in the half-split form, with positions given row by row."""
+"""Rotary position embedding in the half-split form, at a given position for each row."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ Rotation = Callable[[torch.Tensor], torch.Tensor]
 
 
 def rotation(rotary: RotaryConfig | None, position: torch.Tensor, like: torch.Tensor, backend: str) -> Rotation:
-    """The function that rotates rows [T, heads, D] at the integer positions [T], differentiable; nothing changes without
-    ``rotary``, or where no channel turns. The result has the dtype of its input, the arithmetic is in the accumulator's.
+    """A differentiable function that rotates tensors [T, heads, D] at the integer positions ``position`` [T].
+
+    The identity without ``rotary``, or if it rotates no channel. Results have the dtype of the input; the arithmetic is in the
+    accumulator's dtype.
 
     Args:
         like: any tensor of the same D, dtype and device as those that will be rotated.
-        backend: ``torch`` forms tables of cosines and sines once for all of them; ``triton`` forms angles in the kernel.
+        backend: ``torch`` builds tables of cosines and sines here, once for all calls; ``triton`` forms angles in the kernel.
     """
     if rotary is None or rotary.dim(like.shape[-1]) == 0:
         return lambda x: x

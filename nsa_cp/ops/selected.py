@@ -1,4 +1,4 @@
-"""Attention over the tokens of each query's chosen blocks (paper section 3.3.2); in torch by gathers, chunked over queries."""
+"""Attention over the tokens of each query's chosen blocks (paper section 3.3.2); the torch path gathers them chunk by chunk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def selection_of(blocks: torch.Tensor, plan: NSAPlan) -> Selection:
-    """Chosen blocks, int32 [T, G, n], and the plan's tables beside them, as the Triton kernels take them."""
+    """Chosen blocks, int32 [T, G, n], together with the plan's index tables, as the Triton kernels take them."""
     from nsa_cp.kernels.selected_attention.unions import Selection
 
     tables = (plan.position, plan.key_start, plan.block_start, plan.block_base)
@@ -36,10 +36,11 @@ def selected_attention_forward(
     """Causal softmax attention over the chosen blocks.
 
     Args:
-        q: [T, N, Dk] local queries.
-        k: [S, G, Dk], v: [S, G, Dv]: whole sequence in global order; G may be some of the groups, with N = G * H heads of q.
-        blocks: int32 [T, G, n], block numbers within the query's document, ascending, -1 padded.
-        out: [T, N, Dv] to write to in place of a new tensor, channels contiguous.
+        q: [T, N, Dk], queries of this rank.
+        k: [S, G, Dk], v: [S, G, Dv]: the whole sequence in global order. G may be a slice of the model's groups; q then has the
+            N = G * H heads of these.
+        blocks: int32 [T, G, n], block indices within the query's document, ascending, padded with -1.
+        out: [T, N, Dv] with contiguous channels, to write to instead of a new tensor.
 
     Returns:
         ``out`` [T, N, Dv] in the dtype of q, ``lse`` [T, N] in the accumulator's dtype.
@@ -68,7 +69,7 @@ def selected_attention_backward(
     plan: NSAPlan,
     backend: str,
 ) -> AttentionGradients:
-    """Gradients of :func:`selected_attention_forward`; conventions of ``interval_attention_backward``."""
+    """Gradients of :func:`selected_attention_forward`; ``grad`` and ``statistics`` as in ``interval_attention_backward``."""
     if backend == "triton":
         from nsa_cp.kernels.selected_attention.backward import selected_attention_backward as kernel
 
@@ -80,7 +81,7 @@ def selected_attention_backward(
     dv = torch.zeros(v.shape[0] * groups, v.shape[2], dtype=accumulator, device=v.device)
     for rows, keys, hidden in _chunks(q, k, blocks, plan):
         k_chosen, upstream = _gather(k, keys), _by_group(grad[rows], groups)
-        # The gate times the softmax.
+        # The gate times the softmax: the shift contains -log(gate).
         p = (_scores(q[rows], k_chosen, hidden) - _by_group(shift[rows, :, None], groups)).exp_()
         dp = upstream @ _gather(v, keys).mT
         ds = dp.sub_(_by_group(delta[rows, :, None], groups)).mul_(p).mul_(scale)
@@ -94,7 +95,8 @@ def selected_attention_backward(
 def _chunks(
     q: torch.Tensor, k: torch.Tensor, blocks: torch.Tensor, plan: NSAPlan
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Row slice, flat (row * G + group) key indices [rows, G, n*l'] and the mask of hidden keys [rows, G, 1, n*l']."""
+    """Chunk by chunk: a slice of query rows, flat key indices ``row * G + group`` [rows, G, n*l'], and the mask of hidden keys
+    [rows, G, 1, n*l']."""
     size, groups = plan.config.select_block_size, k.shape[1]
     step = max(1, chunk_elements(q) // (groups * blocks.shape[-1] * size * k.shape[2]))
     offset = torch.arange(size, device=q.device)
@@ -104,14 +106,14 @@ def _chunks(
         chosen = blocks[rows].to(torch.int64)
         token = (chosen[..., None] * size + offset).flatten(2)
         hidden = (token < 0) | (token > plan.position[rows, None, None])
-        # Hidden entries read the query's own document start: any valid row will do.
+        # Hidden entries must read some valid row: the first of the query's document.
         key = token.masked_fill(hidden, 0) + plan.key_start[rows, None, None]
         yield rows, key * groups + group, hidden[:, :, None]
 
 
 def _gather(x: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """[S, G, D] at flat indices [rows, G, keys] -> [rows, G, keys, D] in the accumulator's dtype."""
-    # Not x[keys], which takes three times as long on a CPU.
+    # x[keys] would take three times as long on a CPU.
     rows = x.reshape(-1, x.shape[-1]).index_select(0, keys.flatten())
     return rows.view(*keys.shape, -1).to(accumulator_dtype(x))
 
@@ -128,7 +130,7 @@ def _scores(q: torch.Tensor, k_chosen: torch.Tensor, hidden: torch.Tensor) -> to
 
 
 def _add_rows(target: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
-    """``target[rows] += values`` with repeated rows, in an order that does not change from run to run."""
+    """``target[rows] += values`` where rows may repeat, in an order that is the same in every run."""
     if target.is_cuda:
         target.index_put_((rows,), values, accumulate=True)
     else:

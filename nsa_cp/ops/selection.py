@@ -17,13 +17,13 @@ def select_blocks_forward(
     """The n blocks each query attends to, one choice for all heads of a group.
 
     Args:
-        q: [T, N, Dk]. k_cmp: [C, G, Dk], complete and in global order.
-        lse: [T, N] of the compressed branch over all of ``k_cmp`` in one pass, or None to form it here, with the same bits. The
-            torch path always forms it from the scores it has at hand.
-        v_dim: Dv of the compressed branch.
+        q: [T, N, Dk], rotated, of this rank. k_cmp: [C, G, Dk], rotated, of all ranks, in global order.
+        lse: [T, N] of the compressed branch, computed over all of ``k_cmp`` in one pass; None recomputes it, to the same bits.
+            The torch path ignores it and normalises the scores it has at hand.
+        v_dim: Dv of the compressed branch, by which the kernel that recomputes the lse picks its tiles.
 
     Returns:
-        int32 [T, G, n], block numbers within the query's document, ascending, -1 padded.
+        int32 [T, G, n], block indices within the query's document, ascending, padded with -1.
     """
     config = plan.config
     if backend == "triton":
@@ -53,7 +53,10 @@ def select_blocks_forward(
 
 
 def _group_probabilities(q: torch.Tensor, k_cmp: torch.Tensor, position: torch.Tensor, config: NSAConfig) -> torch.Tensor:
-    """Softmax over the visible compressed tokens of the document, summed over each group's heads: [rows, G, C]."""
+    """Softmax over the visible compressed tokens of one document, summed over each group's heads: [rows, G, C].
+
+    The paper sums over heads last (eq. 10); both sums are linear, so their order does not matter.
+    """
     rows, heads, dim = q.shape
     groups, accumulator = k_cmp.shape[1], accumulator_dtype(q)
     grouped = q.to(accumulator).view(rows, groups, -1, dim).transpose(0, 1).reshape(groups, -1, dim)
@@ -74,7 +77,7 @@ def _block_scores(p: torch.Tensor, blocks: int, config: NSAConfig) -> torch.Tens
 
 
 def _top_blocks(scores: torch.Tensor, position: torch.Tensor, config: NSAConfig) -> torch.Tensor:
-    """Forced blocks, then the highest scores, ties to the lowest index: int32 [rows, G, n], ascending, -1 padded."""
+    """Forced blocks, then those of highest score, ties to the lowest index: int32 [rows, G, n], ascending, padded with -1."""
     blocks, n = scores.shape[-1], config.num_selected_blocks
     own = (position // config.select_block_size)[:, None, None]
     block = torch.arange(blocks, device=scores.device)

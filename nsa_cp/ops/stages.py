@@ -1,8 +1,8 @@
-"""The stages as public functions: packed tensors in, (out, lse) out, differentiable, on one process.
+"""The stages of the method as public functions on whole packed sequences, differentiable, for one process.
 
-The whole pipeline, also under context parallelism, is ``native_sparse_attention``; these are its parts for those who study
-or recombine them. Shapes: T tokens, N query heads, G groups, C compressed tokens, n selected blocks. ``cu_seqlens`` are
-document borders on the host, starting at 0; None is one document.
+The complete pipeline, context parallelism included, is ``native_sparse_attention``; these are its parts, for those who study
+or recombine them. Shapes: T tokens, N query heads, G groups (K/V heads), C compressed tokens, n selected blocks. ``cu_seqlens``
+lists document borders as host integers: 0, then the end of each document; None is one document. q and k come already rotated.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class _CombineBranches(torch.autograd.Function):
         return gate_gradients(statistics, gates), None, *((g[..., None] * grad).to(grad.dtype) for g in weights)
 
 
-# torch.compile leaves these stages as they are: their plans are numpy, which it would trace anew for every length, their kernels
-# launched by hand.
+# These stages are hidden from torch.compile: it would trace their plans' numpy code anew for every length, and they launch their
+# kernels by hand.
 @torch.compiler.disable
 def compress_kv(
     k: torch.Tensor,
@@ -95,12 +95,15 @@ def compress_kv(
     rotary: RotaryConfig | None = None,
     backend: Backend = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compressed keys and values [C, G, Dk], [C, G, Dv] (paper section 3.3.1).
+    """Compressed keys and values of every document (paper section 3.3.1, eq. 7).
 
     Args:
-        k: [T, G, Dk]. v: [T, G, Dv].
-        k_weights, v_weights: see ``compress``.
-        rotary: given, compressed key i is rotated at position i * d of its document.
+        k: [T, G, Dk], unrotated if ``rotary`` is given. v: [T, G, Dv].
+        k_weights, v_weights: the compressors' weights as ``nsa_cp.ops.compression.compress`` takes them.
+        rotary: if given, compressed key i is rotated at position i * d of its document.
+
+    Returns:
+        [C, G, Dk] and [C, G, Dv], documents in order, in the dtypes of k and v.
 
     Raises:
         ValueError: shapes that do not fit together, or a backend that cannot run here.
@@ -128,7 +131,8 @@ def compressed_attention(
         q: [T, N, Dk]. k_cmp: [C, G, Dk]. v_cmp: [C, G, Dv].
 
     Returns:
-        ``out`` [T, N, Dv] and ``lse`` [T, N], natural logarithm; 0 and -inf where a query sees nothing.
+        ``out`` [T, N, Dv] in the dtype of q, and ``lse`` [T, N], the log-sum-exp of the scaled scores (natural logarithm;
+        float32, or float64 for float64 inputs). Where a query sees nothing they are 0 and -inf.
 
     Raises:
         ValueError: shapes that do not fit together, or a backend that cannot run here.
@@ -152,11 +156,11 @@ def select_blocks(
 
     Args:
         q: [T, N, Dk]. k_cmp: [C, G, Dk].
-        lse: [T, N] from :func:`compressed_attention`; computed when not given and needed, to the bit if Dv is Dk, or 128 where Dk
-            is more.
+        lse: [T, N] from :func:`compressed_attention`, which spares computing it again. When left out the result is the same to
+            the bit if the values' width Dv is min(Dk, 128); for another Dv two blocks of nearly equal score may change places.
 
     Returns:
-        int32 [T, G, n], block numbers within the document, ascending, -1 padded; ties go to the lowest index.
+        int32 [T, G, n], block indices within the query's document, ascending, padded with -1; ties go to the lowest index.
 
     Raises:
         ValueError: shapes that do not fit together, or a backend that cannot run here.
@@ -164,7 +168,7 @@ def select_blocks(
     check_heads(q, k_cmp)
     plan = _plan(q, config, cu_seqlens)
     check_rows(k_cmp=k_cmp, expected=plan.compressed_intervals.num_keys)
-    # Values of another width than Dv may change the last bits of the lse, where none is given.
+    # There are no values here, and the kernel that forms a missing lse picks its tiles by their width.
     v_dim = min(k_cmp.shape[-1], 128)
     return select_blocks_forward(q, k_cmp, lse, plan, resolve_backend(backend, q), v_dim)
 
@@ -183,10 +187,10 @@ def selected_attention(
 
     Args:
         q: [T, N, Dk]. k: [T, G, Dk]. v: [T, G, Dv].
-        blocks: int32 [T, G, n] as :func:`select_blocks` gives them.
+        blocks: int32 [T, G, n] as :func:`select_blocks` returns them.
 
     Returns:
-        ``out`` [T, N, Dv] and ``lse`` [T, N], natural logarithm.
+        ``out`` [T, N, Dv] and ``lse`` [T, N] as of :func:`compressed_attention`.
 
     Raises:
         ValueError: shapes that do not fit together, or a backend that cannot run here.
@@ -211,7 +215,7 @@ def window_attention(
         q: [T, N, Dk]. k: [T, G, Dk]. v: [T, G, Dv].
 
     Returns:
-        ``out`` [T, N, Dv] and ``lse`` [T, N], natural logarithm; 0 and -inf when w is 0.
+        ``out`` [T, N, Dv] and ``lse`` [T, N] as of :func:`compressed_attention`; 0 and -inf when w is 0.
 
     Raises:
         ValueError: shapes that do not fit together, or a backend that cannot run here.
@@ -230,7 +234,7 @@ def combine_branches(outs: Sequence[torch.Tensor], gates: torch.Tensor, backend:
         gates: [T, N or 1, 3] in (0, 1).
 
     Returns:
-        [T, N, Dv] in the dtype of the branches.
+        [T, N, Dv] in the dtype of ``outs``.
 
     Raises:
         ValueError: gates that do not match the branches, or a backend that cannot run here.

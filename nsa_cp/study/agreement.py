@@ -1,4 +1,4 @@
-"""How much the selections of neighbouring queries have in common: what decides the speed of the selected branch's kernels."""
+"""How many blocks the selections of neighbouring queries share, on which the speed of the selected branch's kernels depends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from nsa_cp.config import NSAConfig
 
 
 def neighbour_agreement(blocks: torch.Tensor, config: NSAConfig) -> float:
-    """Fraction of freely chosen blocks that the token before chose freely too, over tokens that had a choice.
+    """Fraction of freely chosen (not forced) blocks that the token before chose freely, too, over tokens that had a choice.
 
     Args:
         blocks: int32 [T, G, n] of one document.

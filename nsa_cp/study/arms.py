@@ -1,4 +1,4 @@
-"""The arms of every study: what is compared with native sparse attention, and what its defaults are compared with."""
+"""The arms of the studies: native sparse attention, what it is compared with, and variants that test its defaults."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from nsa_cp.study.model import ModelSettings, count_parameters
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One way to attend.
+    """One arm of a study: a kind of attention.
 
     Args:
-        description: half a sentence for tables.
+        description: a phrase for tables.
         model: fields of :class:`ModelSettings` that differ from the study's.
         nsa: fields of NSAConfig that differ from the study's.
         matched: widen the SwiGLU until the arm has as many parameters as the arm ``nsa``.
-        tests_default: the arm differs from ``nsa`` in its defaults alone, in one of them unless its description says more.
+        tests_default: whether the arm differs from ``nsa`` only in a default (or in several, if its description says so).
     """
 
     name: str
@@ -53,7 +53,7 @@ ARMS = (
     Arm(name="gate_branch", description="one gate a branch for all heads", nsa={"gate": "branch"}, tests_default=True),
 )
 
-# For text, where it tells how much of what sparse attention lacks is lost in choosing.
+# For text only: tells how much of sparse attention's gap to full attention is due to the choice of blocks.
 DENSE_BLOCKS = Arm(
     name="dense_blocks",
     description="the blocks that dense attention with the selected branch's queries and keys weights most",
@@ -62,7 +62,7 @@ DENSE_BLOCKS = Arm(
 
 
 def from_full_arms(stage: int) -> tuple[Arm, ...]:
-    """Arms with full attention in the stages of training before ``stage``, that go on as sparse attention with its weights."""
+    """Arms with full attention in the stages of training before ``stage``, which then go on as sparse attention."""
     dense = {"dense_until": stage}
     return (
         Arm(
@@ -76,7 +76,7 @@ def from_full_arms(stage: int) -> tuple[Arm, ...]:
 
 
 def late_arms(stage: int) -> tuple[Arm, ...]:
-    """Arms whose selected branch opens at a stage of training, after the compressed branch has learned where to look."""
+    """Arms whose selected branch opens at ``stage`` of training, after the compressed branch has learned where to look."""
     late = {"selected_from": stage}
     return (
         Arm(
@@ -97,12 +97,12 @@ def late_arms(stage: int) -> tuple[Arm, ...]:
 
 
 def model_of(arm: Arm, base: ModelSettings) -> ModelSettings:
-    """The model of an arm, given that of ``nsa``; a matched one has at least as many parameters, by less than a step of 8."""
+    """The model of an arm, given that of ``nsa``. A matched arm has at least as many parameters, rounded up to 8 channels."""
     settings = replace(base, nsa=replace(base.nsa, **arm.nsa), **arm.model)
     if not arm.matched:
         return settings
     missing = count_parameters(base) - count_parameters(settings)
     per_channel = 3 * base.hidden_size * base.num_layers
-    # Rounded up to 8 channels, which matrix units like.
+    # Multiples of 8 channels, for the matrix units.
     wider = 8 * max(0, -(-missing // (8 * per_channel)))
     return replace(settings, ffn_hidden_size=settings.ffn_hidden_size + wider)

@@ -1,4 +1,4 @@
-"""Long text that every machine with Python has: the sources of the installed packages, split by package."""
+"""The text of the language study, which every machine with Python has: sources of the installed packages, split by package."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from nsa_cp.training.errors import UserError
 from nsa_cp.training.files import write_atomically
 
 PARTS = ("test", "valid", "train")
-# No file is more than a part of a package: tables of data would otherwise fill it.
+# Most bytes taken of one file, since a table of data could otherwise fill a whole package's share.
 _FILE_BYTES = 1 << 18
 _SEPARATOR = b"\n\n"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """What a text is made of; the bytes themselves come from :func:`read_part`.
+    """Describes a text; the bytes themselves come from :func:`read_part`.
 
     Args:
-        digest: of all bytes, sixteen hexadecimal digits.
+        digest: hash of all bytes, sixteen hexadecimal digits.
         num_packages, num_bytes: of the parts test, valid, train.
     """
 
@@ -42,14 +42,14 @@ def installed_packages() -> Path:
 
 
 def build_corpus(folder: Path, max_bytes: int, held_out: float = 0.04) -> Corpus:
-    """Read packages' ``.py`` files until there are ``max_bytes``, and keep them where :func:`read_part` finds them.
+    """Read packages' ``.py`` files until there are ``max_bytes``, and store them where :func:`read_part` finds them.
 
-    Packages come in an order drawn from their names: the first ones are the test part, until they are ``held_out`` of
-    ``max_bytes``, the next as many the validation part, the others the training part. No package gives more than a quarter of a
-    held-out part. Copies of other packages inside a package (``_vendor``) are left out.
+    Packages are ordered by a hash of their names. The first ones are the test part, until they make up ``held_out`` of
+    ``max_bytes``; as many bytes of the next ones are the validation part, all others the training part. No package gives more
+    than a quarter of a held-out part. Copies of other packages inside a package (``_vendor``) are left out.
 
     Args:
-        folder: one package is one of its folders or ``.py`` files.
+        folder: each folder or ``.py`` file in it is a package.
 
     Raises:
         UserError: too few packages to fill three parts.

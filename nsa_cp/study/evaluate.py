@@ -1,4 +1,4 @@
-"""Losses and best guesses of a model on a task's groups of sequences."""
+"""Evaluates a model on a task's groups of sequences."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def evaluate(
 
     Args:
         dtype: of matrix products and attention.
-        between: called after each batch; what it raises ends the evaluation.
+        between: called after each batch; an exception from it ends the evaluation.
     """
     device = model.embedding.weight.device
     scores: dict[str, list[Scores]] = {}
@@ -36,5 +36,5 @@ def evaluate(
 
 
 def mixed_precision(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Matrix products and attention in ``dtype``; nothing changes with float32."""
+    """An autocast context with matrix products and attention in ``dtype``; without effect for float32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32, cache_enabled=False)

@@ -1,4 +1,4 @@
-"""Language modelling on bytes of Python sources, judged by position: what attention reaches far shows in the late bytes."""
+"""The language study's task: predict bytes of Python sources. Loss is reported by position: far reach shows in late bytes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class LanguageTask:
 
     @property
     def vocab_size(self) -> int:
-        """Bytes."""
+        """Number of byte values."""
         return 256
 
     @property
@@ -47,11 +47,11 @@ class LanguageTask:
         return _batch(text, rng.integers(0, len(text) - shape.length, shape.num_sequences), shape.length)
 
     def valid(self, stage: int) -> Iterator[Group]:
-        """Of packages not trained on; as long as the last stage's in all of them, so that one curve shows what is far away."""
+        """Sequences of packages not trained on; of the last stage's length in every stage, so that points of a curve compare."""
         yield self._spaced("valid", self.valid_batches)
 
     def tests(self) -> Iterator[Group]:
-        """Of packages neither trained nor validated on."""
+        """Sequences of packages neither trained nor validated on."""
         yield self._spaced("test", self.test_batches)
 
     def figures(self, scores: Mapping[str, Sequence[Scores]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A small pre-norm decoder in plain PyTorch, around the attentions that the Megatron layers call too."""
+"""The studies' model: a small pre-norm decoder in plain PyTorch, around the attentions that the Megatron layers call, too."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ class ModelSettings:
     """Shape of the decoder.
 
     Args:
-        attention: ``full``, ``window`` (the last ``nsa.window_size`` tokens) or ``nsa``.
-        selection: of ``nsa``: the ``scored`` blocks of the method, in their place ``random`` ones or those that ``dense``
-            attention weights most, or ``none``: the selected branch is closed (its gate is exactly 0) and has no keys and values
-            of its own.
-        num_outputs: only the last so many tokens of the vocabulary are ever predicted; None for all.
+        num_outputs: only this many tokens, the last of the vocabulary, are ever predicted; None for all.
         ffn_hidden_size: width of the SwiGLU.
+        attention: ``full``, ``window`` (the last ``nsa.window_size`` tokens) or ``nsa``.
+        selection: blocks of ``nsa``: ``scored`` ones as the method says; instead ``random`` ones, or those that ``dense``
+            attention weights most; or ``none``: the selected branch is closed (its gate is exactly 0) and has no keys and values
+            of its own.
         shift: mix every token's embedding with that of the token before, channel by channel, with learned weights.
-        equal_start: the branches' key and value projections start with the same weights, and part in training. Without effect
-            where there is one of them.
-        selected_from: stage of training from which the selected branch is open. Before, its gate is exactly 0; when it opens,
+        equal_start: the branches' key and value projections start with equal weights and diverge in training. Without effect if
+            there is only one.
+        selected_from: first stage of training in which the selected branch is open. Before, its gate is exactly 0; when it opens,
             its key and value projections are set to the window's.
-        dense_until: stage of training before which the model attends densely, with its queries and the first branch's keys and
-            values; it then goes on as ``nsa`` that begins with them, as :func:`nsa_cp.megatron.copy_dense_weights` would.
+        dense_until: first stage of training in which attention is sparse. Before, it is dense, with the model's queries and the
+            first branch's keys and values; then ``nsa`` begins with these, as :func:`nsa_cp.megatron.copy_dense_weights` does.
     """
 
     vocab_size: int
@@ -63,10 +63,14 @@ class ModelSettings:
 
 
 class SelfAttention(nn.Module):
-    """Projections around one of the attentions; takes and gives rows [T, hidden] of a pack.
+    """One of the attentions with its projections; maps the rows [T, hidden] of a pack to rows of the same shape.
 
     Args:
         seed: of the compressors' weights and of random blocks.
+
+    Attributes:
+        is_dense: whether attention is dense for the time being (``dense_until``).
+        selected_is_open: whether the selected branch is open (``selected_from``).
     """
 
     def __init__(self, settings: ModelSettings, seed: int) -> None:
@@ -110,8 +114,8 @@ class SelfAttention(nn.Module):
 
     @torch.no_grad()
     def become_sparse(self) -> None:
-        """Go on as native sparse attention, if attention has been dense for a time: every branch begins with its keys and values,
-        gates are one half, and the output's weights are divided by the sum of the gates."""
+        """If attention has been dense so far, go on as native sparse attention: every branch begins with the dense keys and
+        values, gates are one half, and the output's weights are divided by 1.5, the sum of the gates."""
         if not self.is_dense:
             return
         self.is_dense = False
@@ -121,8 +125,8 @@ class SelfAttention(nn.Module):
 
     @torch.no_grad()
     def open_selected(self) -> None:
-        """Open the selected branch, if it has been closed for a time: it begins with the window's keys and values, which know by
-        then how to find a token, as its own have learned nothing."""
+        """Open the selected branch if it has been closed so far. Its key and value projections, which have not been trained, are
+        overwritten with the window's, which by then know how to find a token."""
         if self.selected_is_open or self.settings.selection == "none":
             return
         self.selected_is_open = True
@@ -132,12 +136,13 @@ class SelfAttention(nn.Module):
 
     @torch.no_grad()
     def copy_first_branch(self) -> None:
-        """Give every branch the first one's key and value projections."""
+        """Copy the first branch's key and value projections to all branches."""
         by_branch = self.kv_proj.weight.view(self.kv_shape[0] // 2, -1)
         by_branch.copy_(by_branch[:1].expand_as(by_branch).clone())
 
     def _branches(self, x: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """One tensor for each branch: a closed selected branch reads the window's, which changes nothing."""
+        """One tensor for each branch. With ``selection="none"`` the selected branch is given the window's, which its gate of 0
+        ignores."""
         return (x[0], x[1], x[1]) if len(x) == 2 else x
 
     def _gate_logits(self, x: torch.Tensor) -> torch.Tensor:
@@ -148,7 +153,7 @@ class SelfAttention(nn.Module):
 def _full_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout, rotary: RotaryConfig
 ) -> torch.Tensor:
-    """:func:`nsa_cp.attention.full_attention`, but all sequences in one call where they are many and short."""
+    """:func:`nsa_cp.attention.full_attention`, but in one call for all sequences if there are several of equal length."""
     length, count = layout.cu_seqlens[1], layout.num_documents
     if count == 1 or layout.cu_seqlens != tuple(range(0, length * count + 1, length)):
         return full_attention(q, k, v, layout, rotary=rotary)
@@ -161,7 +166,7 @@ def _full_attention(
 
 
 class Layer(nn.Module):
-    """Pre-norm attention and SwiGLU, each added to the stream."""
+    """Attention and SwiGLU, each after an RMSNorm and added to the residual stream."""
 
     def __init__(self, settings: ModelSettings, seed: int) -> None:
         super().__init__()
@@ -179,9 +184,9 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers, norm, and the embedding again as the output's weights.
+    """Embedding, layers, norm, and an output layer that shares the embedding's weights.
 
-    Two decoders of one seed have the same weights wherever their shapes agree, whatever their attention.
+    Two decoders with the same seed have equal weights wherever their shapes agree, whatever their attention.
 
     Args:
         seed: of all weights.
@@ -201,11 +206,11 @@ class Decoder(nn.Module):
         """Logits.
 
         Args:
-            tokens: int64 [T], a pack of sequences as ``layout`` divides it.
-            rows: int64 [R], the rows wanted; None for all.
+            tokens: int64 [T], a pack of sequences laid out as ``layout`` says.
+            rows: int64 [R], the rows whose logits are wanted; None for all.
 
         Returns:
-            [R, outputs], of the last tokens of the vocabulary.
+            [R, outputs], for the last ``num_outputs`` tokens of the vocabulary.
         """
         x = self.embedding(tokens)
         if self.settings.shift:
@@ -219,7 +224,7 @@ class Decoder(nn.Module):
             return F.linear(x.to(weight.dtype), weight) * self.settings.hidden_size**-0.5
 
     def enter_stage(self, number: int) -> None:
-        """Before training's stage ``number``, 0-based: open what is closed before it, make sparse what is dense before it."""
+        """Call it before stage ``number`` (0-based) of training: opens selected branches and makes attention sparse when due."""
         for attention in self.attentions:
             if number >= self.settings.dense_until:
                 attention.become_sparse()
@@ -233,7 +238,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
-        """Weights that keep the stream's variance; every parameter has a generator of its own, named after it."""
+        """Draw weights that keep the residual stream's variance; each parameter has a generator of its own, seeded by name."""
         residual = (2 * self.settings.num_layers) ** -0.5
         for name, parameter in self.named_parameters():
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
@@ -252,5 +257,5 @@ class Decoder(nn.Module):
 
 
 def count_parameters(settings: ModelSettings) -> int:
-    """Trained numbers in a decoder of this shape."""
+    """Number of parameters of a decoder of this shape."""
     return sum(parameter.numel() for parameter in Decoder(settings, seed=0).parameters())

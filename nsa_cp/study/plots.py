@@ -11,7 +11,7 @@ import numpy as np
 
 from nsa_cp.study.results import ArmResult
 
-# A hue an arm, the same in every plot; arms past these repeat them dashed.
+# An arm's colour is the same in every plot; further arms repeat the colours with dashed lines.
 _COLOURS = ("#2a78d6", "#1baf7a", "#eb6834", "#eda100", "#e87ba4", "#008300")
 _INK, _MUTED, _GRID = "#0b0b0b", "#52514e", "#e1e0d9"
 

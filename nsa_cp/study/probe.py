@@ -1,4 +1,4 @@
-"""What a trained model's sparse attention does: gates, agreement of neighbours, and whether it picks the blocks that matter."""
+"""Probes a trained model's sparse attention: its gates, the agreement of neighbours, and whether it picks the best blocks."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from nsa_cp.study.evaluate import mixed_precision
 from nsa_cp.study.model import Decoder, SelfAttention
 from nsa_cp.study.task import Batch, Group
 
-# Queries whose dense attention is computed, for each layer; and sequences over which neighbours are compared.
+# Number of queries per layer whose dense attention is computed, and of sequences over which neighbours are compared.
 _NUM_QUERIES, _NUM_SEQUENCES = 128, 4
 
 
 @dataclass
 class AttentionCall:
-    """One layer's attention on one batch: q [T, N, Dk], k and v by branch, gates [T, N or 1, 3], blocks [T, G, n]."""
+    """What one layer's attention was given and chose on one batch: q [T, N, Dk], k and v by branch, gates [T, N or 1, 3], blocks
+    [T, G, n]."""
 
     q: torch.Tensor
     k: tuple[torch.Tensor, ...]
@@ -44,13 +45,14 @@ def gate_means(model: Decoder) -> list[list[float]]:
 
 @torch.no_grad()
 def probe(model: Decoder, group: Group, dtype: torch.dtype) -> dict[str, list[Any]]:
-    """One value for each layer, measured on the first batch of ``group``; empty without a selected branch.
+    """Figures with one value for each layer, measured on the first batch of ``group``; empty for a model without NSA layers.
 
     Returns:
-        ``gates``: means (compressed, selected, window). ``agreement``: see :func:`neighbour_agreement`.
-        ``recall``: with m blocks chosen freely, the fraction of them among the m free blocks on which dense attention, with the
-        selected branch's own queries and keys, puts the most weight. ``mass``: the share of dense attention's weight that lies
-        in the chosen blocks, forced ones included. The last two are means over queries whose predictions count.
+        ``gates``: means (compressed, selected, window). The others only with a selected branch. ``agreement``: see
+        :func:`neighbour_agreement`. ``recall``: when m blocks are chosen freely, the fraction of them that are among the m free
+        blocks with the most weight under dense attention with the selected branch's own queries and keys. ``mass``: the share of
+        that dense attention's weight in the chosen blocks, forced ones included. Recall and mass are means over a sample of the
+        queries whose predictions count and that have more blocks than they may choose; left out if there are none.
     """
     layers = [attention for attention in model.attentions if attention.core is not None]
     if not layers:
@@ -84,7 +86,7 @@ def attention_calls(model: Decoder, batch: Batch, layout: SequenceLayout, dtype:
 
 @contextmanager
 def _recording(cores: list[torch.nn.Module]) -> Iterator[list[tuple[Any, ...]]]:
-    """Arguments of every core's calls, in order; their selections are kept meanwhile."""
+    """Collect the arguments of each core's calls, in order, and let the cores keep their selections meanwhile."""
     seen: list[tuple[Any, ...]] = []
     hooks = [core.register_forward_pre_hook(lambda _, arguments: seen.append(arguments)) for core in cores]
     for core in cores:
@@ -98,13 +100,13 @@ def _recording(cores: list[torch.nn.Module]) -> Iterator[list[tuple[Any, ...]]]:
 
 
 def _agreement(blocks: torch.Tensor, layout: SequenceLayout, config: NSAConfig) -> float:
-    """Mean over the first few sequences of a pack."""
+    """Mean agreement of neighbours over the first few sequences of a pack."""
     borders = layout.cu_seqlens[: _NUM_SEQUENCES + 1]
     return float(np.mean([neighbour_agreement(blocks[a:b], config) for a, b in zip(borders[:-1], borders[1:], strict=True)]))
 
 
 def _probe_rows(batch: Batch, layout: SequenceLayout, config: NSAConfig) -> np.ndarray:
-    """Rows that count and have more blocks before them than they may choose, evenly spread."""
+    """A sample, evenly spread, of rows that count and have more blocks before them than they may choose."""
     rows = batch.rows[layout.local_positions[batch.rows] >= config.num_selected_blocks * config.select_block_size]
     return rows[np.linspace(0, len(rows) - 1, min(_NUM_QUERIES, len(rows))).astype(np.int64)]
 
@@ -132,7 +134,7 @@ def _block_recall(call: AttentionCall, layer: SelfAttention, layout: SequenceLay
 
 
 def dense_block_mass(q: torch.Tensor, k: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Weight that dense attention of one query puts on each block, a mean over the heads of a group: [G, blocks].
+    """The weight that dense attention of one query puts on each block, averaged over the heads of a group: [G, blocks].
 
     Args:
         q: [N, D]. k: [tokens, G, D], all that the query sees.
@@ -144,10 +146,11 @@ def dense_block_mass(q: torch.Tensor, k: torch.Tensor, block_size: int) -> torch
 
 
 def save_selections(model: Decoder, group: Group, dtype: torch.dtype, path: Path, origin: dict[str, Any]) -> None:
-    """Write one layer's trained attention on one sequence for the attention benchmark.
+    """Write one layer's trained attention on one sequence, as input for the attention benchmark (``--inputs trained``).
 
-    The file is what ``torch.save`` makes of a dictionary; read it with ``torch.load(path, weights_only=True)``. All tensors are
-    on the CPU; S tokens of the first sequence of ``group``, the middle layer, its first group (G = 1) and that group's N heads.
+    The file is a dictionary written by ``torch.save``; read it with ``torch.load(path, weights_only=True)``. All tensors are on
+    the CPU, for the S tokens of the first sequence of ``group``, the middle layer, its first group (G = 1) and that group's N
+    heads.
 
     - ``q`` [S, N, Dk], ``k`` and ``v``: tuples of [S, 1, Dk] and [S, 1, Dv], in the branch order compressed, selected, window,
       or of one with ``shared_kv``; in the precision of training (bfloat16 on CUDA), **not rotated**;

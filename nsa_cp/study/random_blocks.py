@@ -1,4 +1,4 @@
-"""The control for block selection: as many blocks a query, the forced ones kept, the others drawn at random."""
+"""A control for block selection: as many blocks for each query, of which the forced ones stay and the others are random."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _ROWS_AT_ONCE = 8192
 
 
 class RandomBlockAttention(NativeSparseAttention):
-    """Native sparse attention that chooses at random: drawn once for every token of a layout, fixed from then on.
+    """Native sparse attention with random blocks, drawn once for every token of a layout and fixed from then on.
 
     Args:
-        seed: of the choice. The others are those of :class:`NativeSparseAttention`.
+        seed: of the random blocks. The other arguments are those of :class:`NativeSparseAttention`.
     """
 
     def __init__(self, config: NSAConfig, *, seed: int, num_query_groups: int, **settings: Any) -> None:
@@ -36,10 +36,10 @@ class RandomBlockAttention(NativeSparseAttention):
 
 @lru_cache(maxsize=16)
 def random_blocks(layout: SequenceLayout, config: NSAConfig, groups: int, seed: int, device: torch.device) -> torch.Tensor:
-    """A random selection of visible blocks, the forced ones among them; the same for equal arguments on every device.
+    """A random selection of visible blocks, including the forced ones; the same for equal arguments on every device.
 
     Returns:
-        int32 [T, G, n], block numbers within the query's document, ascending, -1 padded, as ``select_blocks`` gives them.
+        int32 [T, G, n], block indices within the query's document, ascending, padded with -1, as ``select_blocks`` returns them.
     """
     generator = torch.Generator().manual_seed(seed)
     own = torch.from_numpy(layout.local_positions // config.select_block_size)

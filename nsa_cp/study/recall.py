@@ -1,7 +1,7 @@
-"""Recall: pairs of a key and a value early in a sequence of filler, keys asked again far beyond the window.
+"""Sequences for recall: (key, value) pairs early in a sequence of filler tokens, and questions about them far beyond the window.
 
-A question is the key alone; its answer, the value, is the label there and never stands in the input, so that no question gives
-away another. Vocabulary, in this order and disjoint: filler, keys, values.
+A question is a key alone. Its answer, the value, is the label there and is never written into the input, so that no question
+gives away another. The vocabulary is filler, then keys, then values.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from nsa_cp.study.task import Batch
 
 @dataclass(frozen=True, kw_only=True)
 class RecallShape:
-    """One kind of sequence.
+    """The shape of a recall sequence.
 
     Args:
-        length: tokens.
-        num_pairs: pairs, of different keys.
-        num_queries: questions, at different positions; with more questions than pairs keys repeat.
-        min_gap: tokens between the last pair and the first question; longer than all layers' windows together.
-        pair_stride: tokens from one pair to the next; past the two of the pair they are filler.
+        length: tokens in the sequence.
+        num_pairs: number of pairs; their keys differ.
+        num_queries: number of questions, at different positions; with more questions than pairs keys are asked repeatedly.
+        min_gap: least tokens between the last pair and the first question; should exceed all layers' windows together.
+        pair_stride: tokens from the start of one pair to the next; those beyond the pair's two are filler.
         num_fillers, num_keys, num_values: tokens of each kind in the vocabulary.
 
     Raises:
-        ValueError: what does not fit into the length or the vocabulary.
+        ValueError: more pairs than keys, a stride below 2, or a sequence too short for all this.
     """
 
     length: int
@@ -56,12 +56,12 @@ class RecallShape:
 
     @property
     def room(self) -> int:
-        """Positions past the first at which the pairs may begin."""
+        """The last position at which the first pair may begin; negative if the sequence is too short."""
         return self.length - self.span - self.min_gap - self.num_queries
 
     @property
     def vocab_size(self) -> int:
-        """Tokens of all kinds."""
+        """Number of tokens of all kinds."""
         return self.num_fillers + self.num_keys + self.num_values
 
 
@@ -73,18 +73,18 @@ def draw_recall(
     depth: np.ndarray | None = None,
     at_end: bool = False,
 ) -> Batch:
-    """A pack of random sequences, with a loss at the questions alone.
+    """A pack of random sequences; only the questions have a label.
 
     Args:
-        depth: float [sequences] in 0..1: where the pairs begin, from the start (0) to as late as gap and questions allow (1);
-            None is near the start.
-        at_end: ask at the very end instead of anywhere after the gap.
+        depth: float [sequences] in 0..1, where the pairs begin: from the start (0) to as late as gap and questions allow (1);
+            None: at most 32 tokens from the start.
+        at_end: put all questions at the very end instead of anywhere after the gap.
     """
     b, s, pairs, queries = num_sequences, shape.length, shape.num_pairs, shape.num_queries
     tokens = rng.integers(0, shape.num_fillers, (b, s))
     keys = rng.random((b, shape.num_keys)).argsort(1)[:, :pairs] + shape.num_fillers
     values = rng.integers(0, shape.num_values, (b, pairs))
-    # Never at a fixed place within the blocks of the attention.
+    # Without a given depth the start is random, so that pairs are at no fixed place within the attention's blocks.
     first = rng.integers(0, min(shape.room, 32) + 1, b) if depth is None else np.round(depth * shape.room).astype(np.int64)
     place = first[:, None] + np.arange(pairs) * shape.pair_stride
     np.put_along_axis(tokens, place, keys, 1)
@@ -98,6 +98,6 @@ def draw_recall(
 
 
 def _distinct(rooms: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """For each room ``count`` different integers in 0..room, ascending: sorted draws from a smaller room, spread apart."""
+    """For each of ``rooms``, ``count`` distinct integers in [0, room), ascending: sorted draws from less room, spread apart."""
     draws = np.sort((rng.random((len(rooms), count)) * (rooms - count + 1)[:, None]).astype(np.int64), 1)
     return draws + np.arange(count)

@@ -1,4 +1,4 @@
-"""The two recall studies: MQAR, pairs at the start of the sequence, and passkey, one clump of pairs at any depth."""
+"""Tasks of the two recall studies: MQAR, with pairs at the start of the sequence, and passkey, with them at any depth."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 from nsa_cp.study.recall import RecallShape, draw_recall
 from nsa_cp.study.task import Batch, Group, Scores, Stage, pack_layout
 
-# Streams of random numbers that no training run uses: its own are [seed, stage, step] with seed >= 0.
+# First words of seeds that no training run uses: those of training are [seed, stage, step] with small seeds.
 _VALID, _TEST = 1 << 40, 1 << 41
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecallStage:
-    """``steps`` batches of ``num_sequences`` sequences of one shape, fewer once validation accuracy is ``enough``."""
+    """``steps`` batches of ``num_sequences`` sequences of one shape; ends early once validation accuracy is ``enough``."""
 
     shape: RecallShape
     num_sequences: int
@@ -26,7 +26,7 @@ class RecallStage:
 
     @property
     def stage(self) -> Stage:
-        """Without what the sequences hold."""
+        """This stage as the trainer sees it, without the contents of the sequences."""
         return Stage(self.steps, self.num_sequences, self.shape.length, self.enough)
 
 
@@ -35,8 +35,8 @@ class MqarTask:
     """Multi-query associative recall.
 
     Args:
-        schedule: stages of training, shorter sequences first; the last one's shape is the one tested.
-        test_batches: packs of the last stage's size that the test takes.
+        schedule: stages of training, shorter sequences first; the last one's shape is also the test's.
+        test_batches: number of test batches, each of the last stage's size.
     """
 
     schedule: tuple[RecallStage, ...]
@@ -74,14 +74,14 @@ class MqarTask:
 
 @dataclass(frozen=True, kw_only=True)
 class PasskeyTask:
-    """One clump of pairs at a random depth of a sequence of filler, asked for after it; tested by depth and length.
+    """Passkey retrieval: one clump of pairs at a random depth in filler, asked for after it; tested by depth and length.
 
-    In training questions come anywhere after the gap; in the test all stand at the very end of the sequence.
+    In training, questions come anywhere after the gap; in the test, all are at the very end of the sequence.
 
     Args:
-        schedule: stages of training; the longest may be brief ones at the end.
-        tests_at: for each tested length, the shape and the sequences of a pack.
-        depths: of the test, 0 the start and 1 as late as the gap allows.
+        schedule: stages of training; the longest sequences may have a few steps at the end.
+        tests_at: for each tested length, the shape and the number of sequences in a pack.
+        depths: where pairs begin in the test, from 0 (the start) to 1 (as late as the gap allows).
         test_batches: packs for each length and depth.
     """
 
@@ -119,7 +119,8 @@ class PasskeyTask:
                 yield Group(f"{shape.length}@{depth:g}", pack_layout(count, shape.length), batches)
 
     def figures(self, scores: Mapping[str, Sequence[Scores]]) -> dict[str, Any]:
-        """``accuracy`` and ``loss`` over everything; and in the test ``accuracy_LENGTH`` and ``grid`` by length and depth."""
+        """``accuracy`` and ``loss`` over all groups; in the test also ``accuracy_LENGTH``, and ``grid``: accuracy by length and
+        depth."""
         figures = _accuracy_and_loss([each for group in scores.values() for each in group])
         grid: dict[str, dict[str, float]] = {}
         for name, group in scores.items():

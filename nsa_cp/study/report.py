@@ -1,4 +1,4 @@
-"""The page of a study: what was compared, what came of it, with intervals, and whether the claims hold."""
+"""Writes the page of a study: what was compared, the results with their intervals, and whether the claims hold."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nsa_cp.study.table import Claim, Study
 from nsa_cp.training.errors import UserError
 
 _VERDICTS = {"shown": "**shown**", "refuted": "**refuted**: it is worse by more", "open": "open: the interval holds both"}
-# An arm, and one that lacks a part of it or has a better one.
+# Pairs of arms to compare: an arm, and one that lacks a part of it or (dense_blocks) has a better one.
 _CONTROLS = (
     ("nsa", "window"), ("nsa", "compressed_window"), ("nsa", "random_blocks"), ("nsa", "dense_blocks"),
     ("late_selection", "late_random"), ("from_full", "from_full_random"),
@@ -24,13 +24,18 @@ _CONTROLS = (
 
 
 def write_report(name: str, scale: str, runs: Path, folder: Path) -> list[Path]:
-    """Write ``NAME.md``, ``NAME.csv`` and plots about the newest table of a scale in a study's file of runs.
+    """Write ``NAME.md``, ``NAME.csv`` and plots about the newest table of runs of a study.
+
+    Args:
+        name, scale: which study.
+        runs: its file of runs (see ``RunStore``).
+        folder: where to write.
 
     Returns:
-        the files written, the page first.
+        The files written, the page first.
 
     Raises:
-        UserError: the file has no finished run of that scale.
+        UserError: the file has no finished run of that scale, or none of an arm as it is defined now.
     """
     everything = RunStore(runs).load()
     records = newest_table(everything.values(), scale)

@@ -1,4 +1,4 @@
-"""Finished runs, arranged by arm: the chosen learning rate, its runs by seed, and comparisons between arms."""
+"""Arranges finished runs by arm: the chosen learning rate, its runs by seed, and comparisons between arms."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ class ArmResult:
 
     @property
     def parameters(self) -> int:
-        """Trained numbers of the model."""
+        """Number of the model's parameters."""
         return next(iter(self.runs.values()))["parameters"]
 
     def values(self, metric: str) -> dict[int, float]:
-        """A test figure by seed, where it is finite."""
+        """A test figure by seed, for the seeds where it is finite."""
         found = {seed: record["test"].get(metric) for seed, record in self.runs.items()}
         return {seed: value for seed, value in found.items() if value is not None}
 
     def mean(self, metric: str) -> Interval | None:
-        """Over seeds; None without a value."""
+        """Mean and interval of a test figure over seeds; None without any value."""
         values = list(self.values(metric).values())
         return mean_interval(values) if values else None
 
 
 def newest_table(records: Iterable[Record], scale: str) -> list[Record]:
-    """The records of the scale's table that was worked on last, those that are done; see ``RunSettings.table_id``."""
+    """The finished runs of that table of the scale (``RunSettings.table_id``) that was worked on last."""
     done = [record for record in records if record["status"] == "done" and record["scale"] == scale]
     if not done:
         return []
@@ -49,7 +49,7 @@ def newest_table(records: Iterable[Record], scale: str) -> list[Record]:
 
 
 def current_runs(study: Study, records: Iterable[Record]) -> list[Record]:
-    """Those whose model is what the study's arm of that name is now: definitions of arms change, and names stay."""
+    """The records whose model is that of the study's arm of that name today: definitions of arms change while names stay."""
     wanted = {arm.name: study.run(arm.name, study.lrs[0], study.seeds[0]).as_dict()["model"] for arm in study.arms}
     return [record for record in records if record["settings"]["model"] == wanted.get(record["arm"])]
 
@@ -71,14 +71,14 @@ def arrange(study: Study, records: Sequence[Record]) -> dict[str, ArmResult]:
 
 
 def difference(ours: ArmResult, theirs: ArmResult, metric: str) -> Interval | None:
-    """Ours minus theirs over the seeds that both have; None without any."""
+    """Ours minus theirs, paired over the seeds that both have; None without any."""
     a, b = ours.values(metric), theirs.values(metric)
     seeds = sorted(a.keys() & b.keys())
     return paired_difference([a[seed] for seed in seeds], [b[seed] for seed in seeds]) if seeds else None
 
 
 def write_csv(records: Sequence[Record], path: Path) -> None:
-    """One line a run: what identifies it, its plain figures, and lists and tables of figures spread over columns."""
+    """Write one line per run: what identifies it and its figures, nested ones spread over columns."""
     rows = [_flat({key: value for key, value in record.items() if key not in ("curve", "settings")}) for record in records]
     columns = list(dict.fromkeys(column for row in rows for column in row))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def write_csv(records: Sequence[Record], path: Path) -> None:
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Nested dictionaries and lists as one, names joined by dots."""
+    """Flatten nested dictionaries and lists into one dictionary, names joined by dots."""
     if isinstance(value, dict):
         items = list(value.items())
     elif isinstance(value, list):

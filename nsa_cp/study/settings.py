@@ -1,4 +1,4 @@
-"""What decides a run's result, and the name that follows from it."""
+"""All settings that decide a run's result, and the identifiers (hashes) derived from them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any, Literal
 from nsa_cp.study.model import ModelSettings
 from nsa_cp.study.task import Task
 
-# Raise it when the same settings give other results than before: runs of older code are then made again.
+# Raise it when a change of code makes the same settings give other results: runs of older code are then made again.
 REVISION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """How a model is trained: AdamW, linear warm-up, half a cosine to a tenth of the peak rate.
+    """How a model is trained: AdamW, linear warm-up, cosine decay to a tenth of the peak rate.
 
     Args:
         eval_every: steps between validations.
@@ -34,7 +34,7 @@ class TrainSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """One row of a study's table."""
+    """One run: a row of a study's table."""
 
     study: str
     scale: str
@@ -59,7 +59,7 @@ class RunSettings:
 
     @property
     def kernels(self) -> str:
-        """What the attention's kernels are compiled for: runs that agree in it wait for the first to compile them."""
+        """A key of what the attention's kernels are compiled for. Runs with equal keys wait until the first has compiled them."""
         m = self.model
         if m.attention == "full":
             return ""

@@ -1,4 +1,4 @@
-"""Paired differences over seeds and their intervals."""
+"""Means over seeds, paired differences between arms, and their 95% intervals."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
     if count == 1:
         return Interval(mean, -math.inf, math.inf, 1)
     variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
-    # Past the table the quantile falls on towards 1.96: its last entry errs on the wide side.
+    # Beyond the table the quantile falls further towards 1.96; its last entry gives an interval that is slightly too wide.
     half = _T_95[min(count - 1, len(_T_95)) - 1] * math.sqrt(variance / count)
     return Interval(mean, mean - half, mean + half, count)
 
@@ -52,7 +52,7 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Interva
 
 
 def verdict(difference: Interval, margin: float, higher_is_better: bool) -> str:
-    """Whether "no worse by more than ``margin``" holds: ``shown``, ``refuted`` (worse by more), or ``open``.
+    """Whether ours is worse by at most ``margin``: ``shown``, ``refuted`` (worse by more), or ``open`` (the interval holds both).
 
     Args:
         difference: ours minus theirs.

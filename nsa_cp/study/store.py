@@ -1,4 +1,4 @@
-"""Finished runs on disk: one JSON object a line, only ever appended to, so that an interrupted study loses nothing."""
+"""The file of a study's finished runs: one JSON object a line, only ever appended to, so an interrupted study loses nothing."""
 
 from __future__ import annotations
 
@@ -16,30 +16,29 @@ Record = dict[str, Any]
 class RunStore:
     """The runs of one study.
 
-    A line holds ``run`` (see ``RunSettings.run_id``), ``status`` (``done`` or ``failed``) and what the run gave. A run that
-    stands there twice counts as its last line says.
+    A line holds ``run`` (see ``RunSettings.run_id``), ``status`` (``done`` or ``failed``) and the run's results. Of several lines
+    about one run the last counts.
 
     Args:
-        path: the file; it and its folder are made when the first run is added.
+        path: the file; it and its folder are created when the first run is added.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def load(self) -> dict[str, Record]:
-        """Records by run, in the order in which they were added. Lines that cannot be read, such as a last one that was cut off,
-        are left out."""
+        """Records by run id, in the order in which they were added. Unreadable lines, such as one cut off by a crash, are left
+        out, so their runs are made again."""
         if not self.path.is_file():
             return {}
-        # A run whose line was cut off when the process was killed is made again.
         return {record["run"]: record for record in json_lines(self.path.read_bytes()) if "run" in record}
 
     def add(self, record: Record) -> None:
-        """Append a record and have it on disk before returning. Numbers that are not finite become null."""
+        """Append a record, on disk before this returns. Numbers that are not finite become null."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps(_finite(record), allow_nan=False)
         with self.path.open("a+b") as file:
-            # After a line that was cut off a new one begins.
+            # If the last line was cut off, end it first.
             file.seek(0, os.SEEK_END)
             if file.tell() and _last_byte(file) != b"\n":
                 file.write(b"\n")

@@ -1,4 +1,5 @@
-"""The studies by name and scale: ``full`` for one GPU, ``tiny`` to show in seconds on a CPU that everything runs."""
+"""Definitions of the studies, by name and scale: ``full`` for one GPU, ``mini`` for a patient CPU, ``tiny`` for seconds on a CPU
+to show that everything runs. What the studies ask is in docs/learning/README.md."""
 
 from __future__ import annotations
 
@@ -19,20 +20,20 @@ from nsa_cp.study.task import Stage
 STUDIES = ("mqar", "passkey", "language")
 SCALES = ("full", "mini", "tiny")
 
-# Sequences of 4096 tokens are more than 8 times what a query sees of the tokens themselves: 8 blocks of 32 and a window of 128.
+# For recall: 4096 tokens are more than 8 times what a query sees of the tokens themselves (8 blocks of 32 and a window of 128).
 _NSA = NSAConfig(compress_block_size=16, compress_stride=8, select_block_size=32, num_selected_blocks=8, window_size=128)
-# Of text: the window and the number of blocks of the paper, an eighth of 8192 bytes in all, and 16 heads that choose together, as
-# there; a byte is a fourth of a usual token, and so is what a compressed token holds.
+# For text: the paper's window and number of blocks, together an eighth of 8192 bytes, and the paper's 16 heads that choose
+# together. A byte is about a quarter of a usual token, so compressed tokens stand for a quarter as many.
 _TEXT_NSA = NSAConfig(compress_block_size=8, compress_stride=4, select_block_size=32, num_selected_blocks=16, window_size=512)
 _SMALL_NSA = NSAConfig(
     compress_block_size=8, compress_stride=4, select_block_size=16, num_selected_blocks=6, num_local_blocks=1, window_size=32
 )
 _TEXT_BYTES = {"full": 96 << 20, "mini": 16 << 20, "tiny": 1 << 20}
-# Validation accuracies at which a stage of training ends early.
+# Validation accuracies at which a stage of training ends early: a stage that leads up to the main ones, and a main stage.
 _WELL_ENOUGH, _ALL_RIGHT = 0.95, 0.999
-# Arms that are claimed to recall no worse than full attention by more than a point.
+# Arms for which the claim is that recall is at most one percentage point worse than full attention's.
 _CLAIMED = ("nsa", "late_selection", "late_shared_kv")
-# A quarter of the channels turn: the others compare tokens at any distance alike.
+# A quarter of the channels rotate; the others compare tokens alike at any distance.
 _ROTARY = RotaryConfig(percent=0.25)
 
 
@@ -45,9 +46,12 @@ def _shape(length: int, pairs: int, queries: int, gap: int, stride: int, kinds: 
 
 
 def _schedule(tokens: int, kinds: tuple[int, int, int], *rows: tuple[int, ...], main: int) -> tuple[RecallStage, ...]:
-    """Stages of ``tokens`` a step from rows (length, pairs, queries, gap, stride, steps).
+    """Stages of training with ``tokens`` a step, from rows (length, pairs, queries, gap, stride, steps).
 
-    The sequences before row ``main`` lead up to those of interest: they end once most answers are right.
+    Stages before number ``main`` only lead up to those of interest: they end once most answers are right.
+
+    Args:
+        kinds: number of fillers, keys and values in the vocabulary.
     """
     return tuple(
         RecallStage(
@@ -97,10 +101,10 @@ def _recall_train(scale: str) -> TrainSettings:
 
 
 def _mqar(scale: str) -> Study:
-    # Rows: length, pairs, questions, gap, stride, steps. One layer: with two, tokens pass on what they have read, and a question
-    # finds its answer though its pair is in no block chosen. Pairs stand so close that a compressed token holds five: at half as
-    # many the compressed branch alone reads them. At full scale, from the third row on, they fill more blocks than a query
-    # chooses freely. The row before the last is for arms whose selected branch is still closed.
+    # One layer: with two, tokens pass on what they have read, and a question finds its answer though its pair is in no chosen
+    # block. Pairs stand so close that a compressed token covers five: with half as many the compressed branch alone could read
+    # them. At full scale, from the third stage on, they fill more blocks than a query chooses freely. The last stage repeats the
+    # one before it, for arms whose selected branch is still closed in that.
     if scale == "full":
         kinds = (64, 256, 64)
         schedule = _schedule(
@@ -155,7 +159,7 @@ def _passkey(scale: str) -> Study:
 
 
 def _language(scale: str, corpus: Corpus) -> Study:
-    # Half of the channels turn: text asks for places as well as for likenesses.
+    # Half of the channels rotate: predicting text needs positions as well as similarity.
     rotary = RotaryConfig(percent=0.5)
     no_worse = Claim(metric="trailing_loss", margin=0.005, relative=True, higher_is_better=False)
     common = {"vocab_size": 256, "shift": True, "rotary": rotary}

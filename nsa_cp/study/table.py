@@ -18,10 +18,10 @@ class Claim:
     """ "No worse than full attention by more than ``margin``".
 
     Args:
-        metric: of the test figures.
-        margin: in the metric's own unit, or as a fraction of full attention's value when ``relative``.
-        higher_is_better: of the metric.
-        arm: of which it is said.
+        metric: name of a test figure.
+        margin: in the metric's own unit, or as a fraction of full attention's value if ``relative``.
+        higher_is_better: whether higher values of the metric are better.
+        arm: the arm that the claim is about.
     """
 
     metric: str
@@ -35,14 +35,15 @@ class Claim:
 class Study:
     """Arms x learning rates x seeds on one task.
 
-    Every arm tries every learning rate with the first seed; the rate with the best validation figure then gets the others.
+    Every arm is run at every learning rate with the first seed; the rate with the best validation figure then gets the other
+    seeds.
 
     Args:
         title: of the page.
-        model: of the arm ``nsa``.
-        select_by: the validation figure that chooses the learning rate.
-        select_highest: whether more of it is better.
-        claims: what is to be shown, the first one about the main figure.
+        model: that of the arm ``nsa``; other arms are derived from it.
+        select_by: the validation figure by which the learning rate is chosen.
+        select_highest: whether higher values of it are better.
+        claims: what is to be shown; the first claim is about the main figure.
     """
 
     name: str
@@ -60,7 +61,7 @@ class Study:
 
     @property
     def metrics(self) -> list[str]:
-        """What the claims are about, each figure once."""
+        """The figures that the claims are about, each once."""
         return list(dict.fromkeys(claim.metric for claim in self.claims))
 
     @cached_property
@@ -83,10 +84,10 @@ class Study:
 
 
 def pending_runs(study: Study, records: Mapping[str, Record]) -> Iterator[RunSettings]:
-    """Runs that can be made now, those that tell most first.
+    """Runs that can be made now, the most informative first: main arms before those that test defaults, sweeps before repeats.
 
     Args:
-        records: by run; a run that is there, done or failed, is not made again.
+        records: by run id; runs in it, done or failed, are not made again.
     """
     for main in (True, False):
         arms = [arm.name for arm in study.arms if arm.tests_default is not main]
@@ -99,7 +100,7 @@ def pending_runs(study: Study, records: Mapping[str, Record]) -> Iterator[RunSet
 
 
 def best_lr(study: Study, arm: str, records: Mapping[str, Record]) -> float | None:
-    """The rate whose first seed validated best; None while one of them is missing or when all failed."""
+    """The learning rate whose run with the first seed validated best; None if one of these is missing or all failed."""
     swept = [records.get(study.run(arm, lr, study.seeds[0]).run_id) for lr in study.lrs]
     if any(record is None for record in swept):
         return None
@@ -107,11 +108,11 @@ def best_lr(study: Study, arm: str, records: Mapping[str, Record]) -> float | No
 
 
 def pick_lr(records: Sequence[Record], metric: str, highest: bool) -> float | None:
-    """The learning rate of the record whose validation ``metric`` is best; None when none has it."""
+    """The learning rate of the record whose validation ``metric`` is best; None if no record has it."""
     valued = [(record["valid"][metric], record["lr"]) for record in records if _has(record, metric)]
     if not valued:
         return None
-    # Equal figures: the smaller rate.
+    # Of equal figures the smaller rate wins.
     return min(valued, key=lambda pair: (-pair[0] if highest else pair[0], pair[1]))[1]
 
 

@@ -1,4 +1,7 @@
-"""What a study trains on: stages of training, and groups of test sequences, each of them packs of equally long sequences."""
+"""What a study trains and tests on: the Task protocol, its stages of training and its groups of test sequences.
+
+All batches are packs of sequences of equal length.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ from nsa_cp.context_parallel import SequenceLayout
 class Batch(NamedTuple):
     """A pack of sequences, one after the other.
 
-    tokens int64 [T]; rows int64 [R], ascending, where a prediction counts; answers int64 [R], what to predict there:
-    numbers of outputs, the first of which stands for the first token that is ever predicted.
+    tokens: int64 [T]. rows: int64 [R], ascending, the rows where a prediction counts. answers: int64 [R], what to predict there,
+    as indices of the model's outputs (see ``ModelSettings.num_outputs``).
     """
 
     tokens: np.ndarray
@@ -28,7 +31,7 @@ class Batch(NamedTuple):
 class Stage:
     """A part of training whose batches have one shape: ``steps`` packs of ``num_sequences`` x ``length`` tokens.
 
-    It ends early at the validation accuracy ``enough``; None never.
+    It ends early once validation accuracy reaches ``enough``; with None it never does.
     """
 
     steps: int
@@ -38,12 +41,12 @@ class Stage:
 
     @property
     def layout(self) -> SequenceLayout:
-        """Of every pack of the stage."""
+        """The layout of every pack of the stage."""
         return pack_layout(self.num_sequences, self.length)
 
 
 class Scores(NamedTuple):
-    """What a model made of one batch: for every row that counts its loss (nats) and whether the best guess was right."""
+    """A model's results on one batch: for every row that counts its loss (nats) and whether the likeliest output was right."""
 
     batch: Batch
     losses: np.ndarray
@@ -59,27 +62,27 @@ class Group(NamedTuple):
 
 
 class Task(Protocol):
-    """A way to train and to test. Implementations are frozen dataclasses: their fields are part of a run's identity."""
+    """What to train and test on. Implementations are frozen dataclasses, because their fields are part of a run's identity."""
 
     @property
     def vocab_size(self) -> int:
-        """Tokens in the vocabulary."""
+        """Number of tokens in the vocabulary."""
 
     @property
     def stages(self) -> Sequence[Stage]:
-        """Training, in order."""
+        """Stages of training, in order."""
 
     def draw(self, stage: int, rng: np.random.Generator) -> Batch:
         """A training batch of stage number ``stage``."""
 
     def valid(self, stage: int) -> Iterator[Group]:
-        """Sequences like those of a stage, never trained on, the same every time."""
+        """Validation sequences for a stage, never trained on, the same every time."""
 
     def tests(self) -> Iterator[Group]:
-        """Sequences neither trained nor validated on, the same every time."""
+        """Test sequences, neither trained nor validated on, the same every time."""
 
     def figures(self, scores: Mapping[str, Sequence[Scores]]) -> dict[str, Any]:
-        """Figures of merit from the scores of each group, as JSON values."""
+        """Figures of merit (such as ``accuracy`` and ``loss``) from the scores of each group by name, as JSON values."""
 
 
 @lru_cache(maxsize=64)

@@ -1,7 +1,7 @@
-"""One run: train a small model on a task, stage by stage, and test it.
+"""One run: trains a small model on a task, stage by stage, and tests it.
 
-On CUDA a step is captured once for each stage as a CUDA graph and replayed: at this size the launches of a step would take
-longer than its kernels.
+On CUDA the step is captured as a CUDA graph once per stage and replayed, because at this size launching its kernels takes longer
+than running them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from nsa_cp.study.probe import gate_means, probe
 from nsa_cp.study.settings import RunSettings
 from nsa_cp.study.task import Batch, Stage
 
-# Eager steps before a stage's graph is captured; what is compiled, planned or allocated lazily is so by then.
+# Eager steps before a stage's graph is captured, in which all that happens lazily (compiling, planning, allocating) happens.
 _STEPS_BEFORE_CAPTURE = 3
-# Steps between looks at the clock and the loss: each waits for the device.
+# Steps between looks at the clock, each of which waits for the device.
 _STEPS_AT_ONCE = 10
 
 
@@ -34,12 +34,12 @@ class OutOfTime(Exception):
 
 
 class CaptureFailed(RuntimeError):
-    """A step could not be captured as a CUDA graph; the process's CUDA state is not to be trusted after it."""
+    """A step could not be captured as a CUDA graph; afterwards the process's CUDA state is not to be trusted."""
 
 
 @dataclass
 class TrainedRun:
-    """What a run leaves: the model, and JSON values: its figures, and one point of the curve for each validation."""
+    """What a run leaves: the model, its figures, and a point of the curve for each validation (the latter two as JSON values)."""
 
     model: Decoder
     figures: dict[str, Any]
@@ -52,8 +52,8 @@ class Trainer:
     Args:
         device: of model and batches.
         use_graph: replay steps as CUDA graphs; without effect on a CPU.
-        deadline: on the clock of ``time.monotonic``, when to give up; None never.
-        on_warm: called when everything that a stage's training step compiles is compiled.
+        deadline: when to give up, by ``time.monotonic``; None for never.
+        on_warm: called in each stage once all that its training step needs is compiled.
         on_point: called with each point of the curve.
     """
 
@@ -78,7 +78,7 @@ class Trainer:
         self.steps_taken = 0
 
     def run(self) -> TrainedRun:
-        """Train, validate as it goes, test.
+        """Train, with validations on the way, and test.
 
         Raises:
             OutOfTime: the deadline came first.
@@ -123,7 +123,7 @@ class Trainer:
                     break
 
     def _batches(self, number: int, stage: Stage) -> Iterator[Batch]:
-        """Drawn while the device computes the step before."""
+        """The stage's training batches, each drawn (on the host) while the device computes the step before."""
         for index in range(stage.steps):
             yield self.settings.task.draw(number, np.random.default_rng([self.settings.seed, number, index]))
 
@@ -146,7 +146,7 @@ class Trainer:
         matrices = [p for p in self.model.parameters() if p.dim() > 1]
         others = [p for p in self.model.parameters() if p.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        # A graph replays the addresses it saw: the rate must be a tensor that is written to.
+        # A graph replays with the addresses it saw, so the rate must be a tensor whose value is overwritten.
         lr = torch.tensor(self.settings.lr, device=self.device) if self.use_graph else self.settings.lr
         return torch.optim.AdamW(groups, lr=lr, betas=train.betas, fused=True, capturable=self.use_graph)
 
@@ -160,7 +160,7 @@ class Trainer:
 
 
 class _Step:
-    """One optimizer step on batches of a stage, eager at first and then a replayed graph."""
+    """One optimizer step on a batch of a stage: eager at first, then a replayed graph."""
 
     def __init__(self, trainer: Trainer, stage: Stage) -> None:
         self.trainer, self.layout = trainer, stage.layout
@@ -168,7 +168,7 @@ class _Step:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.loss: torch.Tensor | None = None
         self.calls = 0
-        # Kept, since a graph reads their tensors at fixed addresses.
+        # Kept alive, because a graph reads their tensors at fixed addresses and the caches of plans drop old ones.
         nsa, device = trainer.settings.model.nsa, trainer.device
         self.plans = [
             get_layout_plan(self.layout, device), get_plan(self.layout, nsa, device),
@@ -176,7 +176,7 @@ class _Step:
         ]  # fmt: skip
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """The loss of ``batch``, on the device, before the step."""
+        """Take a step; returns the loss of ``batch`` before it, on the device."""
         self._fill(batch)
         self.calls += 1
         if not self.trainer.use_graph:
@@ -208,7 +208,7 @@ class _Step:
         return loss.detach()
 
     def _on_side_stream(self) -> torch.Tensor:
-        """As PyTorch asks of what is captured later."""
+        """Compute on a side stream, as PyTorch requires of steps before a capture."""
         side, current = torch.cuda.Stream(), torch.cuda.current_stream()
         side.wait_stream(current)
         with torch.cuda.stream(side):
@@ -220,7 +220,7 @@ class _Step:
         self.trainer.optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
         try:
-            # thread_local: the data of another thread may be moved meanwhile.
+            # thread_local, because another thread may use CUDA meanwhile.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.loss = self._compute()
         except RuntimeError as error:
@@ -229,7 +229,7 @@ class _Step:
 
 
 def learning_rate(step: int, total_steps: int, settings: RunSettings) -> float:
-    """Rate of step ``step`` (0-based): linear warm-up, then half a cosine from the peak to a tenth of it."""
+    """Learning rate of step ``step`` (0-based): linear warm-up, then cosine decay from the peak to a tenth of it."""
     warmup = settings.train.warmup_steps
     if step < warmup:
         return settings.lr * (step + 1) / warmup

@@ -1,4 +1,4 @@
-"""Several runs at a time on one device, each in a process of its own that takes one run after the other."""
+"""Makes a study's runs: several at a time on one device, in worker processes that each take one run after the other."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from nsa_cp.study.store import Record, RunStore
 from nsa_cp.study.table import Study, pending_runs, pick_lr
 from nsa_cp.study.trainer import CaptureFailed, OutOfTime, Trainer
 
-# Seconds past the deadline after which a process that has not given up is ended.
+# Seconds past the deadline after which a process that is still at work is ended.
 _GRACE = 20.0
 # Seconds between looks at the clock while nothing is reported.
 _TICK = 1.0
 # Longest sequence, in tokens, whose selections are saved: about 10 MiB.
 LONGEST_SAVED = 8192
 
-# What a worker says; after the first two it is still at work.
+# What a worker reports. After ``warm`` (kernels are compiled) and ``point`` (of the curve) it is still at work on its job.
 Message = tuple[Literal["warm", "point", "done", "failed", "out_of_time", "no_graph"], Any]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run for a worker; ``selections`` is where the model's selections are to be saved."""
+    """One run for a worker; ``selections`` is the file for the trained model's selections, None not to save them."""
 
     settings: RunSettings
     use_graph: bool = True
@@ -48,7 +48,7 @@ class Job:
 
 @dataclass
 class Worker:
-    """A process and what it is at work on."""
+    """A process, the connection to it, and the job it is at work on."""
 
     process: multiprocessing.process.BaseProcess
     connection: Connection
@@ -56,10 +56,10 @@ class Worker:
 
 
 def make_run(job: Job, device: torch.device, tell: Callable[[Message], None] = lambda message: None) -> Record:
-    """Train and test one model; what the store keeps of it.
+    """Train and test one model, in this process; returns the record for the store.
 
     Args:
-        tell: called with what happens on the way.
+        tell: called with messages ``warm`` and ``point`` on the way.
     """
     settings = job.settings
     trained = Trainer(
@@ -77,7 +77,7 @@ def make_run(job: Job, device: torch.device, tell: Callable[[Message], None] = l
 
 
 def identity(settings: RunSettings) -> Record:
-    """The part of a record that says which run it is."""
+    """The part of a record that identifies the run."""
     return {
         "run": settings.run_id,
         "table": settings.table_id,
@@ -90,22 +90,22 @@ def identity(settings: RunSettings) -> Record:
 
 
 def machine(device: torch.device) -> Record:
-    """What the run was made on."""
+    """The part of a record that says on what, and when, the run was made."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {"device": name, "torch": torch.__version__, "finished": round(time.time())}
 
 
 @dataclass
 class Table:
-    """Runs a study's table until nothing is pending or the time is up.
+    """Makes the runs of a study's table until none is pending or the time is up.
 
     Args:
-        num_workers: processes; 0 makes every run in this process.
-        deadline: on the clock of ``time.monotonic``, None for no limit: no run starts after it, and those at work give up.
-        use_graph: replay steps as CUDA graphs. Where that fails for a model its runs are made without.
+        num_workers: number of processes; 0 makes every run in this process.
+        deadline: by ``time.monotonic``, None for no limit: no run starts after it, and those at work give up.
+        use_graph: replay steps as CUDA graphs. If that fails for a model, its runs are made without.
         report: called with a line for every event.
-        verbose: every validation is an event.
-        should_stop: asked now and then; true ends like the deadline.
+        verbose: also report every validation.
+        should_stop: asked now and then; True has the effect of a deadline that has passed.
     """
 
     study: Study
@@ -117,18 +117,18 @@ class Table:
     report: Callable[[str], None] = print
     verbose: bool = False
     should_stop: Callable[[], bool] = lambda: False
-    # Runs that are done, or failed in this call; and those at work.
+    # Records of runs that are done, or failed in this call; and ids of those at work.
     records: dict[str, Record] = field(default_factory=dict)
     _in_work: set[str] = field(default_factory=set)
-    # Kernels compiled by some run, and those that one run is compiling right now.
+    # Keys of kernels (RunSettings.kernels) that are compiled, that one run is compiling now, and that no CUDA graph can capture.
     _warm: set[str] = field(default_factory=lambda: {""})
     _warming: set[str] = field(default_factory=set)
     _without_graph: set[str] = field(default_factory=set)
-    # Of each arm's latest run.
+    # Duration in seconds of each arm's latest run.
     _seconds: dict[str, float] = field(default_factory=dict)
 
     def run(self) -> bool:
-        """Make the runs; whether the table is complete."""
+        """Make the runs; returns whether the table is complete."""
         # Failed runs are tried again in the next call, not in this one.
         self.records = {run: record for run, record in self.store.load().items() if record["status"] == "done"}
         if self.num_workers == 0:
@@ -138,7 +138,7 @@ class Table:
         return next(pending_runs(self.study, self.records), None) is None
 
     def _next(self) -> Job | None:
-        """The most telling run that may start now."""
+        """The most informative run that may start now, or None."""
         if self._time_is_up():
             return None
         for settings in pending_runs(self.study, self.records):
@@ -152,12 +152,12 @@ class Table:
         return None
 
     def _selections_of(self, settings: RunSettings) -> Path | None:
-        """Where a run's selections go for the time being: those of the first seed of the arm ``nsa`` are saved."""
+        """A temporary file for a run's selections, which are saved for the first seed of the arm ``nsa`` only."""
         wanted = settings.arm == "nsa" and settings.seed == self.study.seeds[0]
         return self.store.path.with_suffix(f".{settings.run_id}.pt") if wanted else None
 
     def _keep_best_selections(self, job: Job) -> None:
-        """One file remains: that of the learning rate that validates best so far."""
+        """Keep one file of selections: that of the learning rate that validates best so far."""
         if job.selections is None or not job.selections.is_file():
             return
         settings, study = job.settings, self.study
@@ -179,7 +179,7 @@ class Table:
         return self.should_stop() or (self.deadline is not None and time.monotonic() > self.deadline)
 
     def _take(self, job: Job, message: Message) -> None:
-        """What follows from a worker's message."""
+        """Act on a worker's message."""
         kind, content = message
         settings = job.settings
         name = f"{settings.arm} lr {settings.lr:g} seed {settings.seed}"
@@ -226,7 +226,7 @@ class Table:
                 for worker in workers:
                     if worker.job is None and (job := self._next()) is not None:
                         worker.job = job
-                        # A process that has died meanwhile is found when it is listened to.
+                        # If the process has died meanwhile, that is noticed when it is listened to.
                         with suppress(ConnectionError):
                             worker.connection.send(job)
                 busy = [worker for worker in workers if worker.job is not None]
@@ -246,7 +246,7 @@ class Table:
         return self.deadline is not None and time.monotonic() > self.deadline + _GRACE
 
     def _listen(self, worker: Worker) -> Worker:
-        """Take one message; a process that died, or whose CUDA state is in doubt, is replaced."""
+        """Take one message; returns the worker, or a new one if its process died or its CUDA state is in doubt."""
         assert worker.job is not None
         try:
             message: Message = worker.connection.recv()
@@ -269,7 +269,7 @@ class Table:
         threads = 1 if self.device.type == "cuda" else max(1, cores // self.num_workers)
         process = context.Process(target=_serve, args=(theirs, str(self.device), threads), daemon=True)
         process.start()
-        # Held by the process alone, so that its death closes the pipe.
+        # Now only the process holds its end, so that its death closes the pipe.
         theirs.close()
         return Worker(process, ours)
 
@@ -283,7 +283,7 @@ def _readable(point: dict[str, Any]) -> str:
 
 
 def attempt(job: Job, device: torch.device, tell: Callable[[Message], None] = lambda message: None) -> Message:
-    """Make a run and say how it went."""
+    """Make a run; returns the message about how it went."""
     try:
         return "done", make_run(job, device, tell)
     except OutOfTime:
@@ -306,10 +306,10 @@ def end(worker: Worker) -> None:
 
 
 def _serve(connection: Connection, device: str, threads: int) -> None:
-    """A worker's life: one job after the other until the other end of the pipe closes."""
-    # An interrupt from the keyboard reaches every process; the first one decides what becomes of the others.
+    """What a worker process does: one job after the other, until the other end of the pipe closes."""
+    # An interrupt from the keyboard reaches every process; the parent decides what becomes of its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The steps before a capture run a capturable optimizer without one, which PyTorch finds odd.
+    # Steps before the capture use a capturable optimizer outside a graph, about which PyTorch warns.
     warnings.filterwarnings("ignore", message=".*capturable=True.*")
     torch.set_num_threads(threads)
     while True:

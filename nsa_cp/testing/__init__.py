@@ -1,4 +1,4 @@
-"""What this project's tests stand on, shipped so that code built on it can use the same: comparison and real processes."""
+"""Tools of this project's tests, shipped so that code built on it can use them, too: comparison, and real processes."""
 
 from nsa_cp.testing.comparison import assert_close, relative_error
 from nsa_cp.testing.pool import DistributedPool, RankError, run_distributed

@@ -1,4 +1,4 @@
-"""Random attention problems, and what an implementation answers to them: outputs, log-sum-exps, choices and all gradients."""
+"""Random attention problems, and the answers of an implementation to them: outputs, log-sum-exps, chosen blocks, gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nsa_cp.config import NSAConfig, RotaryConfig
 from nsa_cp.context_parallel import SequenceLayout
 from nsa_cp.ops import initial_compressor_weights, native_sparse_attention
 
-# Answers that belong to tokens and are cut by the layout; all others are sums over ranks.
+# Answers (by the start of their names) with a row per token, which the layout cuts; all others are summed over ranks.
 TOKEN_ANSWERS = ("out", "blocks", "lse", "dq", "dk", "dv", "dgates")
 
 
@@ -89,9 +89,12 @@ def make_problem(
 def solve(
     problem: AttentionProblem, attention: Callable[..., Any] = native_sparse_attention, **kwargs: Any
 ) -> dict[str, torch.Tensor]:
-    """What ``attention`` answers: ``out``, ``blocks``, ``lse_*`` and the gradient of every input, by name, detached.
+    """The answers of ``attention``, detached, by name: ``out``, ``blocks``, ``lse_*``, and the gradient ``d<input>`` of every
+    input. An input that the settings leave unused gets a gradient of zeros.
 
-    A parameter that the settings leave unused gets a zero gradient.
+    Args:
+        attention: a function with the signature of ``native_sparse_attention``.
+        **kwargs: further arguments of ``attention``.
     """
     if "layout" not in kwargs:
         kwargs["cu_seqlens"] = problem.cu_seqlens

@@ -1,4 +1,4 @@
-"""Comparison of tensors by largest difference and by relative norm; every failure names the tensor and both figures."""
+"""Compares tensors by largest difference and by relative norm; every failure names the tensor and gives both figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real processes for distributed tests: started once, used by many tests, killed when one of them fails or hangs."""
+"""Real processes for distributed tests: started once, shared by many tests, killed when one of them fails or hangs."""
 
 from __future__ import annotations
 
@@ -80,9 +80,10 @@ class DistributedPool:
             timeout: seconds for the whole call, after which all processes are killed.
 
         Raises:
-            the exception of the first rank that failed, with a `RankError` as its cause that holds the traceback (and the
-            `RankError` itself where the exception cannot be pickled); TimeoutError with the stacks of the ranks that hang.
-            After either the pool is closed.
+            Exception: that of the first rank that failed, with a `RankError` that holds the traceback as its cause (or the
+                `RankError` itself if the exception cannot be pickled). The pool is closed then.
+            TimeoutError: with the stacks of the ranks that hang. The pool is closed then.
+            RuntimeError: the pool was closed before.
         """
         if not self.alive:
             raise RuntimeError("this pool is closed: an earlier call failed or close() was called; make another one")
@@ -158,7 +159,7 @@ class DistributedPool:
         return [results[rank] for rank in range(self.world_size)]
 
     def _death(self, rank: int) -> Failure:
-        """A rank whose connection closed without an answer; its exit status arrives a moment later."""
+        """The failure of a rank whose connection closed without an answer; its exit status arrives a moment later."""
         status = "of unknown status"
         for _ in range(20):
             if exit_file(self._directory, rank).exists():
@@ -171,7 +172,7 @@ class DistributedPool:
         return Failure(None, f"the process ended in mid-call, exit status {status} (negative: killed by that signal)\n")
 
     def _timeout_report(self, what: str, timeout: float, ranks: list[int]) -> str:
-        """One sentence, and where each hanging rank stands."""
+        """One sentence, and the stacks of each rank that hangs."""
         for rank in ranks if self._process_ids else ():
             _ask_for_stacks(self._process_ids[rank])
         time.sleep(0.5)

@@ -2,11 +2,11 @@
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --target-processes all python3 -m nsa_cp.testing.sanitize
 
-``racecheck`` and ``initcheck`` go the same way. PyTorch's allocator hands out pieces of large blocks, and an address past the end
-of a tensor lies in the next one: without caching every tensor is an allocation of its own, and such an address is an error.
-A run without the checker before fills Triton's cache, so that nothing is compiled under it.
+``racecheck`` and ``initcheck`` are used in the same way. PyTorch's caching allocator hands out pieces of large blocks, so an
+address past the end of a tensor lies in the next one; without caching every tensor is an allocation of its own, and such an
+address is an error. Run it once without the checker first, to fill Triton's cache, so that nothing is compiled under it.
 
-Every result is also compared with the torch path in float64; the exit status is 1 where one is wrong, 2 where nothing can run.
+Every result is also compared with the torch path in float64. The exit status is 1 if one is wrong, 2 if nothing can run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from nsa_cp.ops import (
 from nsa_cp.testing.cases import AttentionProblem, make_problem
 from nsa_cp.testing.comparison import relative_error
 
-# Documents of one token, of fewer than a block, empty ones, and of no multiple of anything.
+# Borders of documents of one token, shorter than a block, empty, and of lengths that are multiples of nothing.
 _DOCUMENTS = (0, 1, 34, 34, 163, 421)
 _SHORT = NSAConfig(
     compress_block_size=16, compress_stride=8, select_block_size=32, num_selected_blocks=5, window_size=37, backend="triton"
@@ -86,7 +86,7 @@ def _compression(p: AttentionProblem, backend: str, blocks: torch.Tensor) -> Ans
 
 
 def _compressed_tokens(p: AttentionProblem) -> Tensors:
-    """Rows of k and v in place of compressed ones: as many as there are."""
+    """As many rows of k and v as there are compressed tokens, to stand in for these."""
     with torch.no_grad():
         count = compress_kv(p.k[0], p.v[0], p.k_weights, p.v_weights, p.config, p.cu_seqlens, backend="torch")[0].shape[0]
     return [x[:count].detach().clone().requires_grad_() for x in (p.k[0], p.v[0])]
@@ -130,8 +130,8 @@ def _whole(p: AttentionProblem, backend: str, blocks: torch.Tensor) -> Answer:
     return [result.out], [result.lse_compressed, result.lse_selected, result.lse_window], leaves
 
 
-# The whole, its backward as that of a long sequence, which on Hopper makes 5 products where the kernel for it takes the tensors;
-# elsewhere this is the whole once more.
+# The whole with the backward of a long sequence: on Hopper the fused one of 5 products, if its kernel takes the tensors.
+# Elsewhere it is the same as the whole.
 _LONG = "whole_long"
 KERNELS: dict[str, Callable[[AttentionProblem, str, torch.Tensor], Answer]] = {
     "compression": _compression,
@@ -146,7 +146,7 @@ KERNELS: dict[str, Callable[[AttentionProblem, str, torch.Tensor], Answer]] = {
 
 
 def check(kernel: str, case: Case, device: torch.device) -> list[str]:
-    """Run one kernel's forward and backward on a case; what is wrong with the results, one line each."""
+    """Run one kernel's forward and backward on a case; returns what is wrong with the results, one line each."""
     problem = make_problem(
         case.config, case.documents, num_heads=case.heads, num_groups=case.groups, qk_dim=case.qk_dim, v_dim=case.v_dim,
         dtype=case.dtype,
@@ -176,7 +176,7 @@ def _with_leaves(problem: AttentionProblem, dtype: torch.dtype) -> AttentionProb
 
 
 def _results(answer: Answer, grad: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Outputs and gradients by a name of their order."""
+    """Outputs and gradients, named by their order."""
     outs, others, leaves = answer
     upstream = [grad.reshape(-1)[: out.numel()].view(out.shape).to(out.dtype) for out in outs]
     gradients = torch.autograd.grad(outs, leaves, upstream, allow_unused=True) if outs else []

@@ -1,4 +1,4 @@
-"""Functions sent to other processes as (file, module, name), because test modules are often not importable by name."""
+"""Sends functions to other processes as (module, file, name), because test modules are often not importable by name."""
 
 from __future__ import annotations
 

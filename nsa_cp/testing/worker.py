@@ -1,7 +1,7 @@
-"""The ranks of a `DistributedPool`, which starts `main` and is the only one to do so.
+"""What the processes (ranks) of a `DistributedPool` run; the pool starts `main`.
 
-One process imports torch and forks into the ranks (one start for eight ranks; Linux only, elsewhere a process a rank), then
-waits for them. A rank that loses its connection to the pool kills its whole process group, so nothing outlives the tests.
+One process imports torch and forks into all ranks (on Linux; elsewhere each rank is started by itself), then waits for them. A
+rank that loses its connection to the pool kills its whole process group, so that nothing outlives the tests.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class WorkerSettings:
 
 @dataclass(frozen=True)
 class Failure:
-    """What a rank sends when its function raised: the exception pickled where that works, and its traceback as text."""
+    """What a rank sends when its function raised: the exception, pickled (None if that fails), and its traceback as text."""
 
     exception: bytes | None
     text: str
@@ -113,7 +113,7 @@ def _serve(settings: WorkerSettings, index: int) -> NoReturn:
     connection = Connection(settings.descriptors[index])
     with open(stack_file(settings.directory, rank), "w", encoding="utf-8") as stacks:
         faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
-        # A thread reads, so that the end of the pool is noticed in the middle of a call too.
+        # A thread reads the connection, so that the end of the pool is noticed even in the middle of a call.
         calls: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         threading.Thread(target=_read, args=(connection, calls), daemon=True).start()
         store = dist.TCPStore("127.0.0.1", settings.port, is_master=False, timeout=timedelta(seconds=settings.timeout_seconds))
@@ -135,7 +135,7 @@ def _read(connection: Connection, calls: queue.SimpleQueue[bytes]) -> None:
 
 
 def _guarded(function: Any, *arguments: Any) -> bytes | Failure:
-    """The pickled result of ``function``, or its failure; what pytest raises is no subclass of Exception."""
+    """The pickled result of ``function``, or its failure; of any BaseException, since pytest's are not all Exceptions."""
     try:
         return pickle.dumps(function(*arguments))
     except BaseException as error:

@@ -1,8 +1,8 @@
-"""Checkpoints: written whole or not at all, checked before anything is read, readable on any parallel layout.
+"""Saves and loads checkpoints: written whole or not at all, and readable on any parallel layout.
 
-A checkpoint is a folder ``checkpoints/step_XXXXXXXX`` in Megatron-Core's distributed format with one file more, its manifest
-(``manifest.py``). It is written under a temporary name, renamed when complete, and only then named in ``checkpoints/latest``; so
-what ``latest`` names is whole, and a crash costs the newest one.
+A checkpoint is a folder ``checkpoints/step_XXXXXXXX`` in Megatron-Core's distributed format with one more file, its manifest
+(``manifest.py``). It is written under a temporary name, renamed when complete, and only then named in ``checkpoints/latest``. So
+what ``latest`` names is always whole, and a crash while saving costs only the checkpoint being written.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nsa_cp.training.config import RunConfig
 from nsa_cp.training.manifest import LATEST, MANIFEST, describe
 
 _TEMPORARY = ".incomplete-"
-# The only format in which DistributedOptimizer's state can be read on another data-parallel size.
+# The only format of DistributedOptimizer's state that can be read with another data-parallel size.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
 
 
@@ -52,9 +52,9 @@ def save_checkpoint(
         folder: the run's checkpoints folder, on storage that all processes share.
         chunks: this process's model chunks, not wrapped.
         optimizer: Megatron's optimizer, after at least one step.
-        config: the run.
+        config: the run; ``train.keep_checkpoints`` says how many to keep.
         step: optimizer steps done.
-        consumed_samples: training sequences used so far: the position in the data.
+        consumed_samples: training sequences used so far, which is the position in the data.
         fingerprint: of the data.
 
     Returns:
@@ -78,7 +78,7 @@ def save_checkpoint(
 
 
 def _publish(temporary: Path, final: Path, manifest: dict[str, Any], *, keep: int) -> None:
-    """Complete the folder, rename it, and only then point ``latest`` at it and drop what is too old."""
+    """Complete the folder, rename it, only then point ``latest`` at it, and remove all but the newest ``keep`` checkpoints."""
     folder = final.parent
     _write_durably(temporary / MANIFEST, json.dumps(manifest, indent=1))
     if final.exists():
@@ -86,7 +86,7 @@ def _publish(temporary: Path, final: Path, manifest: dict[str, Any], *, keep: in
     os.rename(temporary, final)
     _write_durably(folder / (LATEST + ".new"), final.name + "\n")
     os.replace(folder / (LATEST + ".new"), folder / LATEST)
-    # Later ones belong to a branch that was left by resuming from an older checkpoint; they do not count.
+    # Checkpoints of later steps were left by a run that has since resumed from an older one: neither counted nor removed.
     for old in sorted(item for item in folder.glob("step_*") if item.name <= final.name)[:-keep]:
         shutil.rmtree(old)
 
@@ -101,7 +101,8 @@ def _write_durably(path: Path, text: str) -> None:
 def load_checkpoint(path: Path, chunks: Sequence[torch.nn.Module], optimizer: Any | None, *, manifest: dict[str, Any]) -> None:
     """Read a checkpoint into a model and, unless it is None, its optimizer. Collective: every process calls it.
 
-    The parallel layout may differ from the one that wrote it. Random-number states are restored on the same number of processes.
+    The parallel layout may differ from the one that wrote it. Random-number states are restored together with the optimizer, and
+    only on as many processes as wrote them.
 
     Args:
         path: the checkpoint's folder.
@@ -126,7 +127,7 @@ def load_checkpoint(path: Path, chunks: Sequence[torch.nn.Module], optimizer: An
 def _sharded_state(
     chunks: Sequence[torch.nn.Module], optimizer: Any | None, *, with_rng: bool, is_loading: bool = False
 ) -> dict[str, Any]:
-    metadata = dict(_METADATA)  # Megatron adds process groups to it, which do not outlive them
+    metadata = dict(_METADATA)  # a copy: Megatron adds process groups to it, which would be stale at the next call
     state: dict[str, Any] = {f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks)}
     if optimizer is not None:
         # The chunks' keys carry global layer numbers, so one flat mapping is unambiguous.
@@ -157,7 +158,7 @@ def _torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
 
 
 def _give_adam_its_state(optimizer: Any) -> None:
-    """PyTorch's AdamW has no state before its first step, and DistributedOptimizer cannot describe an empty one for loading."""
+    """Give AdamW zeroed state before its first step: DistributedOptimizer cannot describe an empty one for loading."""
     for adam in _torch_optimizers(optimizer):
         for group in adam.param_groups:
             for param in group["params"]:
@@ -170,9 +171,9 @@ def _give_adam_its_state(optimizer: Any) -> None:
 def _load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
     """Load a Megatron optimizer whose inner optimizer may be PyTorch's AdamW.
 
-    DistributedOptimizer then fails on AdamW's step counters, which it saves once and not for each parameter, and leaves all
-    parameters with one shared counter, which AdamW would advance once for each of them. So its parameter state is loaded
-    apart, without the counters, and every parameter gets a counter of its own.
+    With it DistributedOptimizer fails on AdamW's step counters, which it saves once instead of per parameter; and it leaves all
+    parameters with one shared counter, which AdamW would advance once for each of them. So the parameter state is loaded
+    separately, without the counters, and then every parameter gets a counter of its own.
     """
     adams = _torch_optimizers(optimizer)
     part = getattr(optimizer, "chained_optimizers", [optimizer])[0]
@@ -190,10 +191,10 @@ def _load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
 def _signals_held_back() -> Iterator[None]:
     """Hold back SIGTERM and SIGINT while a checkpoint is written.
 
-    A job manager signals the whole process group, so the processes that Megatron starts for writing would die of it, and the save
-    would hang. The mask is inherited by them; this process gets its signal afterwards.
+    A job manager signals the whole process group, so it would kill the processes that Megatron starts for writing, and the save
+    would hang. They inherit the mask; this process gets its signal afterwards.
     """
-    resource_tracker.ensure_running()  # its start would lift the mask again
+    resource_tracker.ensure_running()  # started later, it would lift the mask again
     held = {signal.SIGTERM, signal.SIGINT}
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, held)
     try:

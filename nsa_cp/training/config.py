@@ -1,4 +1,4 @@
-"""The YAML of a run as typed sections; every field carries its own description."""
+"""The configuration of a run (its YAML file) as typed sections; every field has its own description."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, create_model,
 from nsa_cp.config import LARGEST_SIZE, NSAConfig, RotaryConfig
 from nsa_cp.training.files import expanded
 
-# Upper bounds are for slips of the hand, which would end in an overflow, or never.
+# Upper bounds catch typing errors, which would otherwise end in an overflow or in a run that never ends.
 Positive = Annotated[int, Field(ge=1, le=LARGEST_SIZE)]
 NotNegative = Annotated[int, Field(ge=0, le=LARGEST_SIZE)]
 Width = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -33,7 +33,7 @@ class Section(BaseModel):
         # Python's True is a 1: `lr: true` would train at a rate of 1.0.
         if isinstance(value, bool) and kind is not bool:
             raise ValueError(f"{str(value).lower()} is no value for this; true and false are for switches only")
-        # What a shell leaves of train.init_from=''; for text it is text without characters.
+        # A shell turns train.init_from='' into an empty value: None, except for text, where it is the empty string.
         return None if value == "" and kind is not str else value
 
 
@@ -60,7 +60,7 @@ class ModelSection(Section):
 
 
 _NSA_TYPES = get_type_hints(NSAConfig)
-# The fields, types and defaults are NSAConfig's own, so that a setting is written down once.
+# Fields, types and defaults are taken from NSAConfig, so that each setting is written down once.
 NSASection = create_model(
     "NSASection",
     __base__=Section,
@@ -140,8 +140,11 @@ class TrainSection(Section):
     keep_checkpoints: Positive = Field(2, description="newest checkpoints that are kept")
 
     def selected_is_closed(self, step: int) -> bool:
-        """Whether a model after ``step`` optimizer steps has NSA's selected branch closed. It opens as the next step begins, so
-        what is saved and validated after step ``selected_from_step`` still has it closed."""
+        """Whether NSA's selected branch is closed in a model that has had ``step`` optimizer steps.
+
+        The branch opens when the next step begins, so a model saved or validated after step ``selected_from_step`` still has it
+        closed.
+        """
         return self.selected_from_step > 0 and step <= self.selected_from_step
 
 
@@ -168,7 +171,7 @@ class RunConfig(Section):
 
     @property
     def run_dir(self) -> Path:
-        """Folder that holds everything the run leaves."""
+        """Folder of everything the run writes: ``runs_dir/name``."""
         return expanded(self.runs_dir) / self.name
 
     @property
@@ -183,17 +186,17 @@ class RunConfig(Section):
 
     @property
     def layer_kinds(self) -> tuple[str, ...]:
-        """The attention of each layer: ``layer_pattern`` repeated to ``num_layers``."""
+        """The kind of attention of each layer: ``layer_pattern`` repeated to ``num_layers``."""
         pattern = self.model.layer_pattern
         return tuple(pattern[i % len(pattern)] for i in range(self.model.num_layers))
 
     @property
     def model_parallel_size(self) -> int:
-        """Processes that hold one copy of the model and one sequence."""
+        """Number of processes that share one copy of the model and one sequence."""
         return self.parallel.tensor * self.parallel.pipeline * self.parallel.context
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Copies of the model among ``world_size`` processes."""
+        """Number of copies of the model among ``world_size`` processes."""
         return world_size // self.model_parallel_size
 
     def resolved(self) -> RunConfig:
@@ -215,7 +218,7 @@ class RunConfig(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def model_shape(self) -> dict[str, Any]:
-        """What a checkpoint's weights depend on: two runs can exchange checkpoints if and only if these are equal."""
+        """The settings that a checkpoint's weights depend on: two runs can exchange weights if and only if these are equal."""
         model = self.model.model_dump(mode="json")
         shape = {key: model[key] for key in _SHAPE_KEYS}
         shape["layer_pattern"] = list(self.layer_kinds)

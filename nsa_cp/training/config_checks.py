@@ -1,6 +1,6 @@
-"""Contradictions between settings, found before any process group, allocation or file exists.
+"""Finds contradictions between settings, before any process group, allocation or file exists.
 
-Each check takes the resolved run and yields Problems: one sentence with the numbers and the remedy.
+Each check takes the resolved run and yields Problems, whose message is a sentence with the values and the remedy.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from nsa_cp.training.errors import Problem, UserError
 
 
 def find_problems(config: RunConfig, skip: frozenset[str] = frozenset()) -> list[Problem]:
-    """All contradictions of a resolved run.
+    """All contradictions between the settings of a resolved run.
 
     Args:
         config: the run.
-        skip: sections whose values cannot be trusted; checks that read them are left out.
+        skip: sections whose values are already known to be wrong; checks that read them are left out.
     """
     return [problem for sections, check in _CHECKS if not skip & set(sections) for problem in check(config)]
 
@@ -27,8 +27,8 @@ def check_world(config: RunConfig, world_size: int, *, for_training: bool = True
 
     Args:
         config: a resolved run.
-        world_size: processes that were started.
-        for_training: the global batch, which evaluation does not have, counts too.
+        world_size: number of processes that were started.
+        for_training: also check that the global batch divides over the processes, which evaluation does not need.
 
     Raises:
         UserError: the processes do not divide into the parallel sizes, or the batch does not divide over them.
@@ -130,7 +130,7 @@ def _check_pipeline(config: RunConfig) -> Iterator[Problem]:
 
 
 def _check_layout(config: RunConfig) -> Iterator[Problem]:
-    """Every process must hold the same number of tokens: Megatron's pipeline and sequence parallelism exchange equal shapes."""
+    """Every process must hold equally many tokens, because Megatron's pipeline and sequence parallelism exchange equal shapes."""
     length, cp = config.data.sequence_length, config.parallel.context
     pieces, formula = cp, f"parallel.context = {cp}"
     if config.nsa.layout == "zigzag" and cp > 1:

@@ -1,4 +1,4 @@
-"""From YAML text and ``key=value`` arguments to a checked RunConfig, with every fault told at once."""
+"""Loads a RunConfig from a YAML file and ``key=value`` arguments, and reports all its faults at once."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         overrides: ``section.key=value`` arguments; the value is YAML.
 
     Returns:
-        The resolved, checked run. Nothing that depends on the number of processes is checked (see check_world).
+        The resolved, checked run. What depends on the number of processes is checked later, by ``check_world``.
 
     Raises:
         UserError: the file cannot be read or is not YAML.
-        ConfigError: settings that are unknown, of the wrong type, or that contradict each other; all of them.
+        ConfigError: settings that are unknown, have the wrong type or contradict each other; it lists all of them.
     """
     path = expanded(path)
     try:
@@ -52,10 +52,10 @@ def build_config(tree: dict[str, Any], overrides: Sequence[str] = (), *, source:
     Args:
         tree: sections and values; changed in place by the overrides.
         overrides: ``section.key=value`` arguments.
-        source: what messages call it.
+        source: what messages call the mapping.
 
     Raises:
-        ConfigError: all faults, each with its dotted path.
+        ConfigError: all faults, each with the setting's dotted path.
     """
     problems = apply_overrides(tree, overrides)
     config, found = _validate(tree)
@@ -66,7 +66,7 @@ def build_config(tree: dict[str, Any], overrides: Sequence[str] = (), *, source:
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> list[Problem]:
-    """Set ``section.key=value`` arguments in ``tree``; returns the faults of their form."""
+    """Set ``section.key=value`` arguments in ``tree``, in place; returns what is wrong with their form."""
     problems = []
     for override in overrides:
         dotted, equals, text = override.partition("=")
@@ -98,7 +98,7 @@ def _validate(tree: dict[str, Any]) -> tuple[RunConfig | None, list[Problem]]:
     except ValidationError as error:
         problems = [_describe(item) for item in error.errors()]
         bad_sections = {item["loc"][0] for item in error.errors()}
-        # Sections without a fault of their own are still checked for contradictions, so that nothing hides behind a typo.
+        # The other sections are still checked for contradictions, so that no fault hides behind a typo elsewhere.
         sound = {key: value for key, value in tree.items() if key not in bad_sections and key in RunConfig.model_fields}
         partial = RunConfig.model_validate(sound).resolved()
         problems += config_checks.find_problems(partial, skip=frozenset(map(str, bad_sections)))
@@ -125,7 +125,7 @@ def _short(value: Any) -> str:
 
 
 def _nearest(loc: Sequence[Any]) -> str:
-    """``; did you mean ...?`` with the nearest name in the same section, or the section elsewhere that has the name."""
+    """``; did you mean ...?`` with the most similar name in the section, else with another section's field of this name."""
     section = _section_at(loc[:-1])
     key = str(loc[-1])
     if section is None:
@@ -157,8 +157,10 @@ def _section_at(loc: Sequence[Any]) -> type[BaseModel] | None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, but a key written twice is an error instead of a silent choice of the last, and every value is text (or
-    null), which the settings' own types read: YAML takes 010 for 8, 1:30 for 90, and a run's name of 123 or no for no text."""
+    """YAML's safe loader with two changes: duplicate keys are errors, and scalars stay text (or null) for pydantic to parse.
+
+    YAML itself would keep the last of two equal keys, read 010 as 8 and 1:30 as 90, and read a run called 123 or no as no text.
+    """
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag == "tag:yaml.org,2002:null"]

@@ -1,6 +1,7 @@
-"""Samples for training and validation: bytes of text, drawn so that a sample depends on (seed, index) alone.
+"""Training and validation data: the SampleSource protocol, text read as bytes, and batches of samples.
 
-A sample is one whole sequence; context-parallel processes all build it and then keep their own rows.
+A sample is one whole sequence and depends on (seed, index) alone. All context-parallel processes build it, and each then keeps
+its own part.
 """
 
 from __future__ import annotations
@@ -39,7 +40,14 @@ class Sample(NamedTuple):
 
 
 class SampleSource(Protocol):
-    """What the trainer needs of a data set; ``fingerprint`` changes with its content, wherever it lies (see ByteStream)."""
+    """What the trainer needs of a data set.
+
+    Attributes:
+        vocab_size: number of token ids.
+        bytes_per_token: mean bytes of text in one token.
+        num_validation_samples: number of validation sequences.
+        fingerprint: changes with the data's content but not with their place on disk (see :meth:`ByteStream.fingerprint`).
+    """
 
     vocab_size: int
     bytes_per_token: float
@@ -47,7 +55,7 @@ class SampleSource(Protocol):
     fingerprint: str
 
     def train_sample(self, index: int) -> Sample:
-        """The training sequence of this index, for any index >= 0; the same on every process and in every run."""
+        """Training sequence ``index``, for any index >= 0; the same on every process and in every run with the same seed."""
 
     def validation_sample(self, index: int) -> Sample:
         """Validation sequence ``index`` of ``num_validation_samples``; they do not overlap and do not depend on the seed."""
@@ -63,10 +71,10 @@ class SampleSource(Protocol):
 
 
 class ByteStream:
-    """Documents laid end to end as one run of bytes, without copying them.
+    """Documents laid end to end as one stream of bytes, an empty line between them, without copying them.
 
     Args:
-        documents: uint8 arrays (memory maps do).
+        documents: uint8 arrays; memory maps will do.
     """
 
     def __init__(self, documents: Sequence[np.ndarray]) -> None:
@@ -95,14 +103,14 @@ class ByteStream:
         return out
 
     def histogram(self, start: int = 0) -> np.ndarray:
-        """How often each byte value occurs from ``start`` on: [256] int64."""
+        """How often each byte value occurs at or after byte ``start``: [256] int64."""
         counts = np.zeros(NUM_BYTES, dtype=np.int64)
         for begin in range(start, len(self), _CHUNK):
             counts += np.bincount(self.read(begin, min(_CHUNK, len(self) - begin)), minlength=NUM_BYTES)
         return counts
 
     def fingerprint(self) -> str:
-        """Length and a hash: of all bytes up to 16 MiB, beyond that of as many in pieces all over the stream, to be cheap."""
+        """Length and a hash: of all bytes up to 16 MiB; of longer streams, to be cheap, of 16 MiB in pieces spread all over."""
         digest = hashlib.sha256(self._starts.tobytes())
         for begin in range(0, len(self), max(_PIECE, len(self) // _PIECES)):
             digest.update(self.read(begin, min(_PIECE, len(self) - begin)).astype(np.uint8))
@@ -110,17 +118,17 @@ class ByteStream:
 
 
 class ByteSource:
-    """Text as bytes: the first part of the stream is for training, the end for validation.
+    """A SampleSource of text as bytes: the stream's first part is for training, its end for validation.
 
-    An epoch cuts the training part into sequences from a random first byte and visits them in random order; both come from
-    (seed, epoch), so sample ``index`` is a pure function of (seed, index) and a resumed run goes on exactly where it was.
+    Each epoch cuts the training part into sequences, starting at a random byte, and visits them in random order. Both are drawn
+    from (seed, epoch), so that a sample depends on (seed, index) alone and a resumed run goes on exactly where it was.
 
     Args:
         documents: uint8 arrays of UTF-8 text.
-        sequence_length: S.
+        sequence_length: S, bytes of a sequence.
         validation_fraction: share of the bytes held out at the end.
         seed: of the order of training samples.
-        vocab_size: token ids of the model; at least 256.
+        vocab_size: number of the model's token ids; at least 256.
         origin: what messages call the data.
 
     Raises:
@@ -197,7 +205,7 @@ def entropy_bits(counts: np.ndarray) -> float:
 
 
 def load_text(data: DataSection, seed: int) -> ByteSource:
-    """The byte source of ``data.kind`` pydoc_topics or text. Purely local: touches no process group.
+    """The source for ``data.kind`` pydoc_topics or text. Local: touches no process group.
 
     Raises:
         UserError: a file is missing, unreadable, empty or not UTF-8, or there is too little text.
@@ -223,7 +231,7 @@ def load_text(data: DataSection, seed: int) -> ByteSource:
 
 
 def read_utf8(path: str) -> np.ndarray:
-    """Map a UTF-8 file as uint8, after checking every byte of it.
+    """Memory-map a UTF-8 file as uint8, after checking every byte of it.
 
     Raises:
         UserError: missing, not a regular file, empty, unreadable, or not UTF-8 (with the offset of the first bad byte).
@@ -252,7 +260,7 @@ def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:
     """Stack samples into a micro-batch of whole sequences.
 
     Returns:
-        tokens, labels, position_ids: [b, S] int64; loss_mask: [b, S] float32.
+        ``tokens``, ``labels`` and ``position_ids`` [b, S] int64, and ``loss_mask`` [b, S] float32.
     """
     tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]))
     labels = torch.from_numpy(np.stack([sample.labels for sample in samples]))
@@ -266,7 +274,7 @@ def train_batches(
 ) -> Iterator[dict[str, Tensor]]:
     """This data-parallel rank's micro-batches of one optimizer step.
 
-    The step uses samples [first_sample, first_sample + global_batch_size) whatever the number of ranks is.
+    The step uses samples [first_sample, first_sample + global_batch_size), whatever the number of ranks.
     """
     rows = micro_batch_size * dp_size
     for micro in range(global_batch_size // rows):
@@ -285,14 +293,14 @@ def validation_batches(
 ) -> tuple[int, Callable[[], Iterator[dict[str, Tensor]]]]:
     """This rank's micro-batches of the fixed validation sequences.
 
-    Every rank gets the same number of micro-batches, as the schedule needs; surplus rows have an all-zero loss mask.
+    Every rank gets the same number of micro-batches, as the schedule needs; surplus sequences have an all-zero loss mask.
 
     Args:
         source: the data.
-        num_sequences: how many validation sequences to use, of those there are.
-        micro_batch_size: rows of a micro-batch.
+        num_sequences: number of validation sequences to use; fewer if the source has fewer.
+        micro_batch_size: sequences in a micro-batch.
         dp_rank: this data-parallel rank.
-        dp_size: data-parallel ranks.
+        dp_size: number of data-parallel ranks.
         rounds_multiple: make the number of micro-batches a multiple of this.
 
     Returns:

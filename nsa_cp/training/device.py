@@ -1,4 +1,4 @@
-"""Which device a process trains on, decided before CUDA is touched: PyTorch reads CUDA_VISIBLE_DEVICES only once."""
+"""Chooses the device a process trains on, before CUDA is touched: PyTorch reads CUDA_VISIBLE_DEVICES only once."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from nsa_cp.training.errors import UserError
 
 
 def restrict_devices(wanted: str) -> str | None:
-    """Hide the GPUs where training is to be on the CPU. Call it before anything asks PyTorch for CUDA.
+    """Hide the GPUs if training is to run on the CPU. Call it before anything asks PyTorch for CUDA.
 
     Args:
-        wanted: ``train.device``. With auto, the CPU is taken when this machine's processes outnumber its GPUs.
+        wanted: ``train.device``. ``auto`` takes the CPU if this machine has fewer GPUs than processes.
 
     Returns:
-        A sentence for the user where auto chose the CPU on a machine that has GPUs, else None.
+        A sentence for the user if ``auto`` chose the CPU on a machine that has GPUs, else None.
     """
     if wanted == "cuda":
         return None
@@ -35,7 +35,7 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
 
     Args:
         wanted: ``train.device``.
-        local_rank: this process's number on its machine.
+        local_rank: this process's rank on its machine.
 
     Raises:
         UserError: CUDA is asked for and absent, GPUs are visible in a run on the CPU, or there are fewer GPUs than processes.

@@ -1,4 +1,4 @@
-"""What a user did wrong, as against what the program did wrong: only the former is shown without a traceback."""
+"""Errors that are the user's and not the program's: the command line shows them as a sentence, without a traceback."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 
 class UserError(ValueError):
-    """A fault of the input, told in one sentence that names the numbers and the remedy."""
+    """A fault of the input. Its message is one sentence with the values at fault and the remedy."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One fault of a configuration: the dotted ``path`` of the setting and what is wrong with it."""
+    """One fault of a configuration: the setting's dotted ``path`` (may be empty), and what is wrong with it."""
 
     path: str
     message: str
@@ -23,7 +23,7 @@ class Problem:
 
 
 class ConfigError(UserError):
-    """All the faults of one configuration at once.
+    """All faults of one configuration, in one message.
 
     Args:
         problems: the faults, in the order in which they are shown; at least one.
@@ -42,7 +42,7 @@ class ConfigError(UserError):
 
 @contextmanager
 def as_user_error() -> Iterator[None]:
-    """Turn a ValueError of the library's own checks into a UserError; for set-up code, where values come from the user."""
+    """Turn ValueErrors of the library's checks into UserErrors, for set-up code in which all values come from the user."""
     try:
         yield
     except UserError:

@@ -1,4 +1,4 @@
-"""Validation: mean loss over sequences that are always the same."""
+"""Validation: the mean loss over a fixed set of held-out sequences."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def validation_loss(trainer: Trainer, source: SampleSource) -> float:
     totals = run_schedule(
         trainer, start, rounds, sequence_length=trainer.config.data.sequence_length, rows=train.micro_batch_size, train=False
     )
-    dist.all_reduce(totals)  # tensor-parallel processes count alike in both entries
+    dist.all_reduce(totals)  # tensor-parallel processes count the same tokens, but in both entries, so the ratio is right
     total, tokens = totals.tolist()
     return total / max(tokens, 1.0)
 
 
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:
-    """Nats a token as bits a byte of text."""
+    """Convert a loss in nats a token to bits a byte of text."""
     return loss / math.log(2) / bytes_per_token

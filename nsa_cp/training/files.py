@@ -1,4 +1,4 @@
-"""Paths as users write them, files that are there whole or not at all, and files to which lines are added."""
+"""Helpers for files: paths that begin with ~, atomic writes, and files with one JSON object a line."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from nsa_cp.training.errors import UserError
 
 
 def expanded(path: str | Path) -> Path:
-    """``path`` with the home folder for a leading ``~``, which a shell puts in only where it stands at the start of a word.
+    """``path`` with the home folder for a leading ``~``. Shells replace ``~`` only at the start of a word, not in ``key=~/x``.
 
     Raises:
-        UserError: ``~name`` of a user that is not known.
+        UserError: ``~name`` of an unknown user.
     """
     try:
         return Path(path).expanduser()
@@ -23,8 +23,8 @@ def expanded(path: str | Path) -> Path:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace ``path`` by ``content`` (text as UTF-8) in one step, so that a reader or a crash never meets half of it. Several
-    processes may write the same file: the last one stays."""
+    """Replace the file at ``path`` by ``content`` (text as UTF-8) in one step: no reader sees, and no crash leaves, half of it.
+    If several processes write the same file, the last one wins."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.new")
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -34,8 +34,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def json_lines(content: bytes) -> list[dict[str, Any]]:
-    """The objects of a text with one JSON object a line; lines that cannot be read, such as a last one that a crash cut short,
-    are left out."""
+    """The objects of a file with one JSON object a line; unreadable lines, such as one cut short by a crash, are left out."""
     rows = []
     for line in content.split(b"\n"):
         try:

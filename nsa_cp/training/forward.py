@@ -1,4 +1,4 @@
-"""Micro-batches through Megatron's schedule: one way for training, validation, sampling and pictures."""
+"""Runs micro-batches through Megatron's pipeline schedule; training, validation, sampling and pictures all go through here."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def run_schedule(
 
     Args:
         trainer: model and settings.
-        batches: starts an iterator over this data-parallel rank's micro-batches of whole sequences; each model chunk reads
-            one of its own.
-        num_microbatches: how many there are.
+        batches: starts an iterator over this data-parallel rank's micro-batches of whole sequences; called once for each model
+            chunk.
+        num_microbatches: number of micro-batches.
         sequence_length: tokens of a whole sequence.
-        rows: sequences of a micro-batch.
-        train: accumulate gradients and reduce them; otherwise no gradient is computed.
+        rows: sequences in a micro-batch.
+        train: whether to accumulate gradients and reduce them; otherwise no gradient is computed.
 
     Returns:
         [2] float64 on this device: the sum of this process's token losses in nats and their number; zeros except on the
@@ -45,7 +45,7 @@ def run_schedule(
 def run_logits(trainer: Trainer, batch: dict[str, Tensor]) -> Tensor | None:
     """Logits [b, s/cp, vocabulary/tp] of one micro-batch on the last pipeline stage, None elsewhere. Collective, no gradient."""
     rows, length = batch["tokens"].shape
-    # The interleaved schedule wants a whole number of rounds over the stages; all but the first result are surplus.
+    # The interleaved schedule needs a multiple of the stages, so the micro-batch is repeated; only the first result is used.
     count = trainer.config.parallel.pipeline if trainer.config.parallel.virtual_pipeline > 1 else 1
     results = _schedule(trainer, lambda: [batch] * count, count, length, rows, _logits_step, train=False, collect=True)
     return results[0] if results else None
@@ -97,7 +97,7 @@ def _logits_step(iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module) 
 
 
 def _sum_losses(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum and count of this process's tokens; Megatron divides the gradient by the count over all processes."""
+    """Loss sum and count of this process's tokens; Megatron divides the gradient by the count over all processes."""
     total, count = (losses.float() * mask).sum(), mask.sum()
     return total, count.to(torch.int32), {"loss": torch.stack([total.detach(), count])}
 

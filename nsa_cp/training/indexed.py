@@ -1,7 +1,7 @@
-"""Megatron's indexed datasets (a .bin of tokens and an .idx of document lengths) as a SampleSource.
+"""Megatron's indexed datasets (a .bin file of tokens and an .idx file of document lengths) as a SampleSource.
 
-Training sequences come from Megatron-Core's GPTDataset, whose order depends on the seed and on how many samples are asked for.
-Validation sequences are cut from the last documents in their order on disk, so they never depend on either.
+Training sequences come from Megatron-Core's GPTDataset, whose order depends on the seed and on the number of samples requested.
+Validation sequences are cut from the last documents in their order on disk, and depend on neither.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ _TOKENS_CHECKED = 1 << 20
 
 
 class IndexVocabulary:
-    """The vocabulary of an indexed dataset, in the form that GPTDataset asks a tokenizer for.
+    """The vocabulary of an indexed dataset, with the attributes that GPTDataset expects of a tokenizer.
 
     Args:
         vocab_size: number of token ids.
         end_of_document: token id that ends a document, or None.
-        tokens: text of each id, for samples; None when unknown.
+        tokens: text of each id, to print samples; None if unknown.
     """
 
     def __init__(self, vocab_size: int, end_of_document: int | None, tokens: list[str] | None) -> None:
         self.vocab_size, self.eod, self.tokens = vocab_size, end_of_document, tokens
-        # GPTDataset puts this in the key of its cached indices.
+        # GPTDataset makes this part of the key of its cached indices.
         self.unique_identifiers = {"class": type(self).__name__, "vocab_size": vocab_size, "eod": end_of_document}
 
 
 def read_vocabulary(data: DataSection) -> IndexVocabulary:
-    """Vocabulary of ``data.vocab_size`` or ``data.vocab_file``.
+    """The vocabulary that ``data.vocab_size`` or ``data.vocab_file`` describes.
 
     Raises:
         UserError: the file is missing, empty or malformed, or ``end_of_document`` is not one of its ids.
@@ -84,7 +84,11 @@ def _read_vocab_file(path: Path) -> list[str]:
 
 
 def check_index(prefix: str, vocab_size: int) -> None:
-    """Check the two files of an indexed dataset without reading more than the index and the first million tokens.
+    """Check the two files of an indexed dataset, reading no more than the index and the first million tokens.
+
+    Args:
+        prefix: path of both files, without ``.idx`` and ``.bin``.
+        vocab_size: number of token ids.
 
     Raises:
         UserError: a file is missing, is not an index, is truncated, or holds token ids outside the vocabulary.
@@ -135,9 +139,9 @@ def _check_ids(tokens: np.ndarray, vocab_size: int, prefix: str) -> None:
 
 
 class IndexedSource:
-    """SampleSource over one indexed dataset.
+    """A SampleSource over one indexed dataset.
 
-    Construction is local and checks everything; ``open_training`` builds Megatron's sample index and needs every process.
+    Construction is local and checks everything; :meth:`open_training` builds Megatron's sample index and needs every process.
 
     Args:
         data: the run's data section, of kind indexed.
@@ -159,12 +163,13 @@ class IndexedSource:
         self.num_validation_samples = (int(self._bounds[-1]) - 1) // self.sequence_length
         files = [np.memmap(self.prefix + ending, dtype=np.uint8, mode="r") for ending in (".idx", ".bin")]
         self.fingerprint = ByteStream(files).fingerprint()
-        # A cached index of other documents under the same path would otherwise be used.
+        # So that a cached index of other documents that were under the same path is not used.
         self.vocabulary.unique_identifiers["fingerprint"] = self.fingerprint
         self._train: GPTDataset | None = None
 
     def _split(self, fraction: float) -> int:
-        """First validation document: the last documents that hold the fraction, and one sequence, of the tokens."""
+        """Index of the first validation document. Those from it on are the fewest that hold ``fraction`` of all tokens, and at
+        least one sequence."""
         total, need = int(self._lengths.sum()), self.sequence_length + 1
         wanted = max(need, fraction * total)
         from_end = np.cumsum(self._lengths[::-1])
@@ -180,10 +185,10 @@ class IndexedSource:
         return first
 
     def open_training(self, num_samples: int, cache_dir: Path) -> None:
-        """Build, on the first process, and open the index of training samples. Collective: every process calls it.
+        """Build the index of training samples on the first process and open it on all. Collective: every process calls it.
 
         Args:
-            num_samples: training samples of the whole run.
+            num_samples: number of training samples of the whole run.
             cache_dir: folder for the index, on storage that all processes share.
         """
         config = GPTDatasetConfig(
@@ -224,7 +229,7 @@ class IndexedSource:
         return self._checked(window[:-1].copy(), window[1:].copy(), mask)
 
     def unigram_bits_per_byte(self) -> tuple[float, float]:
-        """See SampleSource; both figures are over the validation documents, as the whole may be too large to read."""
+        """See SampleSource; both figures are of the validation documents, because the whole data set may be too large to read."""
         counts = np.zeros(self.vocab_size, dtype=np.int64)
         for document in range(self._first_validation, len(self._lengths)):
             counts += np.bincount(self._index.get(document).astype(np.int64), minlength=self.vocab_size)

@@ -1,4 +1,4 @@
-"""A run from its configuration to its summary. See docs/training.md."""
+"""The trainer's main loop: a run from configuration to summary, and the evaluation of a checkpoint. See docs/training.md."""
 
 from __future__ import annotations
 
@@ -33,14 +33,15 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
     Args:
         config: a resolved run (see ``load_config``).
         resume: go on from the run's newest checkpoint.
-        overwrite: begin again where a run of this name exists.
+        overwrite: begin again even if a run of this name exists.
 
     Returns:
-        The summary, as in summary.json, on the first process; None on the others, and on all when the run was stopped by
-        SIGTERM or SIGINT after saving a checkpoint.
+        The summary, as in summary.json, on the first process. None on the others, and on all if the run was stopped by SIGTERM
+        or SIGINT (after saving a checkpoint).
 
     Raises:
-        UserError: bad input; nothing has been created, changed or sent to another process then.
+        UserError: bad input, or a loss or gradient that is not finite. Input that a process can check by itself is refused
+            before anything is created, changed or sent to another process.
     """
     plan = prepare(config, resume=resume, overwrite=overwrite)
     with processes(plan), contextlib.closing(plan.folder):
@@ -49,16 +50,16 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
 
 @contextlib.contextmanager
 def processes(plan: Plan) -> Iterator[None]:
-    """Form the process groups for the block and leave them after it."""
+    """Form the process groups for the ``with`` block, and leave them after it."""
     _quieten()
     init_processes(plan.config, plan.launch, plan.device)
     yield
-    # After an error this is left to the exit: leaving a group could wait for processes that wait for this one.
+    # Not after an error: leaving a group could wait for processes that in turn wait for this one.
     close_processes()
 
 
 def _quieten() -> None:
-    """Megatron and PyTorch say the same things about optional packages and deprecations at every start."""
+    """Silence what Megatron and PyTorch say about optional packages and deprecations at every start."""
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\..*")
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
@@ -77,7 +78,7 @@ def _run(plan: Plan, *, overwrite: bool) -> dict[str, Any] | None:
     _close_selected_until_due(trainer, progress.step)
     if plan.initial is not None:
         _take_weights(trainer, *plan.initial)
-    # Forming the groups was a collective, so every process has looked at the folder before the first one changes it.
+    # Every process has looked at the folder before it joined the groups, so the first one may change it now.
     changes: list[str] = []
     if first:
         changes = folder.begin(config, overwrite=overwrite)
@@ -113,10 +114,10 @@ def _run(plan: Plan, *, overwrite: bool) -> dict[str, Any] | None:
 
 
 def _take_weights(trainer: Trainer, path: Path, manifest: dict[str, Any]) -> None:
-    """Begin with a checkpoint's weights, other kinds of attention turned into this run's. Collective.
+    """Begin with a checkpoint's weights, converting its dense layers to this run's kinds of attention. Collective.
 
     Raises:
-        UserError: processes have found different checkpoints, since the run that writes them has gone on meanwhile.
+        UserError: processes have found different checkpoints, because the run that writes them is still going on.
     """
     place = f"in train.init_from = {trainer.config.train.init_from}"
     _check_all_found("newest checkpoints", path.name, f"{place}; give one checkpoint's folder")
@@ -130,14 +131,14 @@ def _take_weights(trainer: Trainer, path: Path, manifest: dict[str, Any]) -> Non
         dense = build_trainer(config.model_copy(update={"model": model, "nsa": nsa}), trainer.device, for_training=False)
         load_checkpoint(path, dense.chunks, None, manifest=manifest)
         copy_dense_weights(trainer.chunks, dense.chunks)
-    trainer.optimizer.reload_model_params()  # main weights of their own, where it has them, follow the model's
+    trainer.optimizer.reload_model_params()  # main weights, if the optimizer keeps any, follow the model's
 
 
 def _check_all_found(what: str, mine: str, place_and_remedy: str) -> None:
-    """Processes look for the newest checkpoint and read data each for itself, and must have found the same. Collective.
+    """Check that all processes have found the same: each looks for checkpoints and reads data for itself. Collective.
 
     Raises:
-        UserError: naming those that they found.
+        UserError: naming all that were found.
     """
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
@@ -150,7 +151,7 @@ def _check_same_data(plan: Plan) -> None:
 
 
 def _changed_data(manifest: dict[str, Any], plan: Plan) -> list[str]:
-    """That the data are not those of a checkpoint, which before this was told had no fingerprint."""
+    """A message if the data are not those that the checkpoint was trained on. Old checkpoints have no fingerprint to compare."""
     now = plan.source.fingerprint
     before = manifest.get("fingerprint", now)
     if before == now:
@@ -159,7 +160,7 @@ def _changed_data(manifest: dict[str, Any], plan: Plan) -> list[str]:
 
 
 def _train_steps(trainer: Trainer, plan: Plan, progress: Progress, reporter: Reporter, stop: StopRequest) -> bool:
-    """Steps until the end of the run or a request to stop; returns whether it was stopped."""
+    """Take steps until the end of the run or a request to stop; returns whether it was stopped."""
     train, stopped = trainer.config.train, False
     while progress.step < train.steps and not stopped:
         _open_selected_when_due(trainer, progress.step, reporter)
@@ -184,13 +185,13 @@ def _train_steps(trainer: Trainer, plan: Plan, progress: Progress, reporter: Rep
 
 
 def _close_selected_until_due(trainer: Trainer, step: int) -> None:
-    """Close the selected branch of a model after ``step`` steps if it is to open later."""
+    """Close the selected branch of a model that is at step ``step``, if the branch is to open later."""
     if trainer.config.train.selected_is_closed(step):
         close_selected_branches(trainer.chunks)
 
 
 def _open_selected_when_due(trainer: Trainer, step: int, reporter: Reporter) -> None:
-    """Open the selected branch if the step that begins after ``step`` steps is its first. Collective."""
+    """Open the selected branch if the step about to begin, after ``step`` steps, is the first with it. Collective."""
     if step and step == trainer.config.train.selected_from_step:
         open_selected_branches(trainer.wrapped, trainer.optimizer)
         shared = trainer.config.nsa.shared_kv
@@ -226,11 +227,15 @@ def _headline(trainer: Trainer, plan: Plan, progress: Progress) -> str:
 
 
 def evaluate(config: RunConfig, checkpoint: Path | None = None) -> dict[str, Any]:
-    """Validation loss of a checkpoint. Every process calls it; nothing is written.
+    """Validate a checkpoint. Every process calls it; nothing is written.
 
     Args:
         config: the run's configuration; the parallel layout may differ from training's.
         checkpoint: a checkpoint folder; the run's newest when None.
+
+    Returns:
+        What ``nsa-cp eval`` prints: the checkpoint, its step, the validation loss (nats a token) and bits per byte, the entropy
+        of single tokens to compare with, and settings that differ from the checkpoint's, if any do.
 
     Raises:
         UserError: no usable checkpoint, or bad settings.

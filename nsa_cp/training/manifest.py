@@ -1,7 +1,7 @@
-"""What a checkpoint says of itself, and whether a run may go on from it, be evaluated with it, or begin with its weights.
+"""The manifest of a checkpoint, and the checks whether a run may resume from it, evaluate it, or begin with its weights.
 
-The manifest is a JSON file in the checkpoint's folder: what the weights' shapes depend on, how far training was, the size of
-every file, and hashes of the small ones. All of this is local and reads only.
+The manifest is a JSON file in the checkpoint's folder: the settings that the weights' shapes depend on, how far training had
+come, the size of every file, and hashes of the small ones. All functions here are local and only read.
 """
 
 from __future__ import annotations
@@ -22,24 +22,25 @@ LATEST = "latest"
 CHECKPOINTS = "checkpoints"
 _FORMAT, _VERSION = "nsa_cp checkpoint", 1
 _STATES = {True: "closed", False: "open"}
-_SHARDS = ".distcp"  # files of weights and optimizer, too large to be read before they are loaded
+_SHARDS = ".distcp"  # suffix of files with weights and optimizer state, too large to hash before loading
 
 
 class _Damaged(UserError):
-    """A checkpoint that is not as it was written; the sentence goes on with the remedy."""
+    """A checkpoint is not as it was written. Its message lacks the remedy, which ``read_manifest`` adds."""
 
 
 def describe(
     path: Path, config: RunConfig, *, step: int, consumed_samples: int, fingerprint: str, world_size: int
 ) -> dict[str, Any]:
-    """The manifest of a checkpoint in ``path``, complete but for this.
+    """The manifest to write into ``path``, a checkpoint whose other files are complete.
 
     Args:
+        path: the checkpoint's folder.
         config: the run.
         step: optimizer steps done.
-        consumed_samples: training sequences used so far: the position in the data.
+        consumed_samples: training sequences used so far, which is the position in the data.
         fingerprint: of the data.
-        world_size: processes that wrote it.
+        world_size: number of processes that wrote it.
     """
     files = sorted(item for item in path.rglob("*") if item.is_file())
     return {
@@ -66,7 +67,7 @@ def _sha256(file: Path) -> str:
 
 
 def samples_in_all(config: RunConfig, step: int, consumed_samples: int) -> int:
-    """Training sequences that a run at ``step`` will have used at its end."""
+    """Number of training sequences that a run now at ``step`` will have used at its end."""
     return consumed_samples + (config.train.steps - step) * config.train.global_batch_size
 
 
@@ -92,11 +93,11 @@ def find_latest(folder: Path) -> Path:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are all there in full.
+    """Read a checkpoint's manifest and check that all its files are complete.
 
     Raises:
-        UserError: not a checkpoint of this trainer, or some file of it is missing, has the wrong size, or, if it is none of the
-            large ones, is not what was written; naming a complete checkpoint beside it.
+        UserError: not a checkpoint of this trainer; or one of its files is missing, has the wrong size or (small files only) has
+            other content than was written. The message then names an older complete checkpoint beside it, if there is one.
     """
     try:
         return _read(path)
@@ -105,7 +106,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _complete_before(path: Path) -> str:
-    """Where the same folder has an older checkpoint that is complete: its name, to add to what is wrong with this one."""
+    """Text for an error message that names the newest complete checkpoint older than ``path`` in its folder; "" if none is."""
     for older in sorted((item for item in path.parent.glob("step_*") if item.name < path.name), reverse=True):
         with contextlib.suppress(UserError):
             _read(older)
@@ -148,8 +149,9 @@ def check_compatible(manifest: dict[str, Any], config: RunConfig, path: Path, *,
     """Refuse a checkpoint whose weights do not fit the run.
 
     Args:
-        to_resume: also refuse another optimizer, a step beyond the run's last, and other data, on which a resumed run would
-            repeat text, skip it, or train on what was held out. Paths may change, since data moves.
+        manifest: of the checkpoint in ``path``.
+        to_resume: also refuse another optimizer, a step beyond the run's last, and other settings of the data, with which a
+            resumed run would repeat or skip text or train on what was held out. Paths may change, because data may move.
 
     Raises:
         UserError: naming all settings that differ, with both values.
@@ -173,16 +175,18 @@ def check_compatible(manifest: dict[str, Any], config: RunConfig, path: Path, *,
 
 
 def changed_settings(manifest: dict[str, Any], config: RunConfig) -> list[str]:
-    """Settings of the model and its attention in which a run differs from the one that wrote a checkpoint, each with both values;
-    none where the checkpoint does not have them."""
+    """Settings of the model and its attention in which a run differs from the one that wrote a checkpoint, each with both values.
+
+    Empty for old checkpoints, which do not record them.
+    """
     return list(differences(manifest.get("settings") or _settings(config), _settings(config)))
 
 
 def find_initial(init_from: str, run_dir: Path) -> Path:
-    """The checkpoint that ``train.init_from`` means: a checkpoint's folder, or a run's, of which it is the newest.
+    """The checkpoint that ``train.init_from`` names: a checkpoint's folder itself, or the newest checkpoint of a run's folder.
 
     Raises:
-        UserError: it is neither, or belongs to the run in ``run_dir`` itself, which may be about to be overwritten.
+        UserError: it is neither, or it belongs to the run in ``run_dir`` itself, which may be about to be overwritten.
     """
     given = expanded(init_from)
     if run_dir.resolve() in (given.resolve(), *given.resolve().parents):
@@ -202,8 +206,10 @@ def find_initial(init_from: str, run_dir: Path) -> Path:
 
 
 def check_initial(manifest: dict[str, Any], config: RunConfig, path: Path) -> None:
-    """Refuse a checkpoint with whose weights a new run cannot begin: step, data and optimizer do not matter, and full or window
-    attention may become another kind (``nsa_cp.megatron.copy_dense_weights``).
+    """Refuse a checkpoint whose weights a new run cannot begin with.
+
+    Step, data and optimizer do not matter, and layers of full or window attention may become another kind
+    (``nsa_cp.megatron.copy_dense_weights``).
 
     Raises:
         UserError: naming all settings that differ, with both values.
@@ -224,10 +230,12 @@ def check_initial(manifest: dict[str, Any], config: RunConfig, path: Path) -> No
 def _shape_pairs(
     saved: dict[str, Any], wanted: dict[str, Any], *, dense_may_change: bool = False
 ) -> Iterator[tuple[str, Any, Any]]:
-    """What both model shapes have: a setting that only one has (of a compressor, of NSA) goes with one that differs.
+    """Yield ``(name, saved value, wanted value)`` for the settings that both model shapes have.
+
+    A setting that only one of them has (of a compressor, of NSA) can be left out, because another one then differs, too.
 
     Args:
-        dense_may_change: let layers of kinds other than ``nsa`` be of any kind.
+        dense_may_change: allow layers that were not ``nsa`` to become any kind.
     """
     for key, value in wanted.items():
         if key in saved and key != "layer_pattern":
@@ -251,7 +259,7 @@ def _refuse_differences(pairs: Iterable[tuple[str, Any, Any]], path: Path, go_on
 
 
 def _check_selected_branch(manifest: dict[str, Any], config: RunConfig, path: Path) -> None:
-    """Weights do not tell whether the selected branch is closed: the settings must agree on it at the checkpoint's step."""
+    """Refuse settings that disagree with the checkpoint on whether the selected branch is closed, which weights do not show."""
     step, saved, wanted = manifest["step"], manifest.get("selected_from_step", 0), config.train.selected_from_step
     was_closed, now = _was_closed(manifest), config.train.selected_is_closed(step)
     if was_closed != now:

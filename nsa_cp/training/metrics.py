@@ -1,4 +1,4 @@
-"""What is measured each step, agreed over all processes, and where it goes: a line, metrics.jsonl, TensorBoard."""
+"""The figures of each step: combined over all processes, then written to the terminal, metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def attention_modules(trainer: Trainer) -> Iterator[NativeSparseAttention]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory this process has held: of the GPU's allocator, or resident on a CPU."""
+    """Peak memory of this process: of PyTorch's allocator on a GPU, resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -40,17 +40,17 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def agree(trainer: Trainer, losses: Tensor, traffic: Traffic, *, stop: bool) -> dict[str, float]:
-    """Combine one step's figures over all processes in one reduction. Collective.
+    """Combine one step's figures over all processes, by one sum and one maximum. Collective.
 
     Args:
         losses: [2] float64, this process's sum of token losses and token count (see ``run_schedule``).
-        traffic: what the attentions of this process moved in the step.
-        stop: this process was asked to stop.
+        traffic: bytes that context parallelism moved on this process in the step.
+        stop: whether this process was asked to stop.
 
     Returns:
-        ``loss`` (nats a token), ``tokens``, ``stop`` (number of processes asked to), ``peak_memory_bytes`` and
-        ``attention_bytes_sent`` and ``attention_bytes_received`` (largest over processes), and the mean of each attention metric
-        over layers and processes, where there are NSA layers.
+        ``loss`` (nats a token), ``tokens``, ``stop`` (number of processes that were asked to stop), ``peak_memory_bytes``,
+        ``attention_bytes_sent`` and ``attention_bytes_received`` (each the largest over processes), and, if there are NSA
+        layers, the mean of each of ``ATTENTION_METRICS`` over layers and processes.
     """
     tensor_parallel = parallel_state.get_tensor_model_parallel_world_size()
     modules = [module.last_metrics for module in attention_modules(trainer) if module.last_metrics]
@@ -75,12 +75,12 @@ def agree(trainer: Trainer, losses: Tensor, traffic: Traffic, *, stop: bool) -> 
 
 
 class Reporter:
-    """Writes the rows of a run; on processes other than the first it does nothing.
+    """Writes a run's metrics, one row a step, and messages; on processes other than the first it does nothing.
 
     Args:
-        folder: the run's folder, which exists.
-        active: this is the first process.
-        first_step: steps done before, for the bar and TensorBoard.
+        folder: the run's folder, which must exist.
+        active: whether this is the first process.
+        first_step: steps done before, for the progress bar and TensorBoard.
         num_steps: steps of the whole run.
         log_interval: steps between printed lines.
         stream: where lines and the bar go; a bar is shown only when it is a terminal.
@@ -142,7 +142,7 @@ class Reporter:
 
 
 def format_row(row: dict[str, Any], num_steps: int) -> str:
-    """One step as one line for people."""
+    """One step's metrics as a line for the terminal."""
     parts = [
         f"step {row['step']:>{len(str(num_steps))}}/{num_steps}",
         f"loss {row['loss']:.4f}",

@@ -1,4 +1,4 @@
-"""What is known of a run before any process waits for another: its configuration, data, folder and checkpoint, all checked."""
+"""Checks a run's configuration, data, folder and checkpoint before any process waits for another; the result is a ``Plan``."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from nsa_cp.training.setup import Launch
 
 @dataclass
 class Plan:
-    """What is known of a run before any process waits for another.
+    """A checked run: all that is known of it before any process waits for another.
 
     Attributes:
-        config: the run, its vocabulary size included.
-        launch: this process among the others.
+        config: the run, with its vocabulary size filled in.
+        launch: this process's place among the others.
         device: this process's device.
         source: the data.
         folder: the run's folder.
-        checkpoint: checkpoint to go on from, with its manifest, or None.
-        initial: checkpoint with whose weights a new run begins, with its manifest, or None.
+        checkpoint: the checkpoint to resume from and its manifest, or None.
+        initial: the checkpoint whose weights a new run begins with (``train.init_from``) and its manifest, or None.
     """
 
     config: RunConfig
@@ -44,13 +44,13 @@ class Plan:
 
 
 def prepare(config: RunConfig, *, resume: bool = False, overwrite: bool = False, for_training: bool = True) -> Plan:
-    """Check everything that can be wrong with the input. Local: no process group, no model, nothing on disk.
+    """Check everything that can be wrong with the input. Local: no process group, no model, nothing written to disk.
 
     Args:
         config: a resolved run.
-        resume: a checkpoint of the run is wanted.
+        resume: the run is to go on from its newest checkpoint.
         overwrite: the run may replace one of the same name.
-        for_training: False for evaluation, which needs a checkpoint and starts no run.
+        for_training: False for evaluation, which starts no run.
 
     Raises:
         UserError: what is wrong, in one sentence.

@@ -1,4 +1,4 @@
-"""Pictures of a run: its loss curve, and what one layer's queries looked at."""
+"""Pictures of a run: its loss curve, and the blocks that one layer's queries attended to."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _MAX_RASTER = 1024
 
 @dataclass(frozen=True)
 class LayerChoices:
-    """What one layer did with one sequence of S tokens.
+    """The blocks and gates of one layer on one sequence of S tokens.
 
     Attributes:
         layer: 1-based global number of the layer.
@@ -45,7 +45,7 @@ class LayerChoices:
 
 
 def collect_choices(trainer: Trainer, source: SampleSource) -> LayerChoices | None:
-    """Run one validation sequence and bring the middle NSA layer's choices to the first process. Collective.
+    """Run one validation sequence and gather the middle NSA layer's choices on the first process. Collective.
 
     Returns:
         The choices on global rank 0; None elsewhere, and everywhere for a model without NSA layers.

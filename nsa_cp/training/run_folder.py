@@ -1,4 +1,4 @@
-"""The folder ``runs/<name>/``: what is in it, who may begin in it, and its files as they are written by the first process."""
+"""The folder ``runs/<name>/`` of a run: paths of its files, who may start a run in it, and what the first process writes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nsa_cp.training.manifest import CHECKPOINTS, LATEST
 
 
 class RunFolder:
-    """Paths of one run, and the few operations on them. Nothing is created by constructing it.
+    """Paths of one run, and the few operations on them. Construction creates nothing on disk.
 
     Args:
         path: ``runs/<name>``.
@@ -41,10 +41,10 @@ class RunFolder:
         return any(item.exists() for item in (self.config, self.metrics, self.checkpoints))
 
     def check_start(self, *, resume: bool, overwrite: bool) -> None:
-        """Refuse to mix two runs. Reads only.
+        """Refuse to mix two runs. Changes nothing.
 
         Raises:
-            UserError: the run exists and neither flag was given, or both were, or the path is not a folder.
+            UserError: the run exists and neither flag was given, both flags were given, or the path is not a folder.
         """
         if resume and overwrite:
             raise UserError("--resume and --overwrite exclude each other; give one of them")
@@ -55,15 +55,18 @@ class RunFolder:
             raise UserError(f"run {self.path} exists; {go_on}begin again with --overwrite, or choose another name=")
 
     def begin(self, config: RunConfig, *, overwrite: bool) -> list[str]:
-        """Create the folder with its config.yaml, without what is written at a run's end. For the first process only.
+        """Start or resume a run here: lock the folder, write config.yaml, and remove what an earlier end of the run wrote.
+
+        For the first process only.
 
         Args:
             config: the resolved run.
             overwrite: remove what an earlier run left (only files that a run writes).
 
         Returns:
-            Settings in which a run that goes on differs from its part before, each with both values. That part's file then stays
-            as ``config_before_1.yaml``, 2 and so on; also how many lines of metrics.jsonl cannot be read.
+            Messages for the user: settings in which a resumed run differs from its earlier part, each with both values (the
+            earlier file is then kept as ``config_before_1.yaml``, 2 and so on), and how many lines of metrics.jsonl are
+            unreadable.
 
         Raises:
             UserError: another process is at work on this run; nothing has been changed then.
@@ -72,7 +75,7 @@ class RunFolder:
         self._take_lock()
         if overwrite:
             self._remove()
-        # A run that goes on has not ended: a reader would take what its earlier end left for this one's.
+        # If the run had ended before, a reader would take the files of that end for the resumed run's.
         for item in (self.summary, self.loss_plot, self.blocks_plot, self.sample):
             item.unlink(missing_ok=True)
         changes = []
@@ -87,13 +90,13 @@ class RunFolder:
         return changes
 
     def close(self) -> None:
-        """Let other processes begin in the folder; without effect before :meth:`begin`."""
+        """Release the lock, so that others may start a run in the folder; without effect before :meth:`begin`."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def _take_lock(self) -> None:
-        """Held until :meth:`close` or the process's end, however that comes; where there are no such locks, there is none."""
+        """Lock the folder until :meth:`close` or the end of the process; where such locks do not exist, do nothing."""
         if fcntl is None or self._lock is not None:
             return
         self._lock = os.open(self.path, os.O_RDONLY)
@@ -108,7 +111,7 @@ class RunFolder:
             self.close()
 
     def _set_damaged_metrics_aside(self) -> int:
-        """Keep a copy of a metrics.jsonl with lines that cannot be read; how many there are, a cut last one not counted."""
+        """Keep a copy of a metrics.jsonl that has unreadable lines; returns their number, not counting an incomplete last one."""
         if not self.metrics.is_file():
             return 0
         content = self.metrics.read_bytes()
@@ -123,10 +126,10 @@ class RunFolder:
         return list(self.path.glob("config_before_*.yaml"))
 
     def keep_metrics_until(self, step: int) -> float:
-        """Drop metrics of steps after ``step``: a resumed run writes them again. For the first process only.
+        """Drop the metrics of steps after ``step``, which a resumed run will write again. For the first process only.
 
         Returns:
-            Seconds of training up to ``step`` over all earlier parts of the run.
+            Seconds of training up to ``step``, over all earlier parts of the run.
         """
         rows = [row for row in read_metrics(self.metrics) if row["step"] <= step]
         write_atomically(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
@@ -141,7 +144,7 @@ class RunFolder:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; lines that cannot be read are left out."""
+    """Rows of a metrics.jsonl, one per step; unreadable lines are left out."""
     return _rows(path.read_bytes()) if path.is_file() else []
 
 
@@ -150,7 +153,7 @@ def _rows(content: bytes) -> list[dict[str, Any]]:
 
 
 def _settings(file: Path) -> dict[str, Any]:
-    """Of a config.yaml; as they stand there where this version refuses them, none where somebody has made it something else."""
+    """Settings in a config.yaml: unchecked ones if this version refuses the file, and none if it is no mapping at all."""
     try:
         return load_config(file).model_dump(mode="json")
     except UserError:

@@ -1,4 +1,4 @@
-"""Text continued from a prompt by recomputing the whole sequence for every token. Every process takes part."""
+"""Continues a prompt with the trained model, by recomputing the whole sequence for every token. Every process takes part."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from nsa_cp.training.setup import Trainer
 def generate(trainer: Trainer, prompt: Sequence[int], num_tokens: int, *, temperature: float, seed: int = 0) -> list[int]:
     """Continue ``prompt``. Collective; every process returns the same tokens.
 
-    The sequence is padded at its end, which causal attention never sees, to a length that the layout can cut.
+    The sequence is padded at its end, where causal attention never looks, to a length that can be cut over the processes. Tokens
+    that no longer fit in ``data.sequence_length`` are dropped from the front of the context.
 
     Args:
         trainer: model and settings.
-        prompt: token ids; empty begins from token 0.
-        num_tokens: how many to add.
+        prompt: token ids; if empty, the context begins with token 0.
+        num_tokens: number of tokens to add.
         temperature: of the softmax; 0 takes the likeliest token.
-        seed: of the draws.
+        seed: of the random draws.
 
     Returns:
-        The added token ids. What no longer fits in ``data.sequence_length`` is dropped from the front of the context.
+        The added token ids.
     """
     tokens, start = list(prompt) or [0], max(1, len(prompt))
     longest = trainer.config.data.sequence_length
@@ -47,21 +48,21 @@ def generate(trainer: Trainer, prompt: Sequence[int], num_tokens: int, *, temper
 
 
 def _padded_length(trainer: Trainer, length: int) -> int:
-    """Smallest length of at least ``length`` that every process can hold an equal part of."""
+    """The smallest length, at least ``length``, of which every process can hold an equal part."""
     parallel = trainer.config.parallel
     multiple = math.lcm(2 * parallel.context, parallel.context * parallel.tensor)
     return -(-length // multiple) * multiple
 
 
 def _next_logits(trainer: Trainer, context: Sequence[int], length: int) -> torch.Tensor:
-    """[vocabulary] float32 on the CPU: logits after the last token of ``context``."""
+    """Logits after the last token of ``context``: [vocabulary] float32 on the CPU, equal on all processes. Collective."""
     tokens = np.zeros(length, dtype=np.int64)
     tokens[: len(context)] = context
     batch = collate([Sample(tokens, tokens, np.ones(length, dtype=np.float32))])
     output = run_logits(trainer, batch)
     vocabulary = trainer.config.data.vocab_size
     assert vocabulary is not None, "the data source has set it"
-    # Exactly one process of each vocabulary shard holds the row; all others add zeros, so the sum is exact.
+    # For each shard of the vocabulary exactly one process fills in its part; all others add zeros, so the sum is exact.
     logits = torch.zeros(vocabulary, dtype=torch.float32, device=trainer.device)
     row = _local_row(trainer, len(context) - 1, length)
     if output is not None and row is not None and parallel_state.get_data_parallel_rank() == 0:
@@ -73,7 +74,7 @@ def _next_logits(trainer: Trainer, context: Sequence[int], length: int) -> torch
 
 
 def _local_row(trainer: Trainer, position: int, length: int) -> int | None:
-    """Where this context-parallel process holds ``position``, or None."""
+    """This context-parallel process's row for ``position``, or None if another one holds it."""
     layout = SequenceLayout.build(
         length,
         cp_size=parallel_state.get_context_parallel_world_size(),

@@ -1,4 +1,4 @@
-"""From a checked configuration to processes, a model and an optimizer."""
+"""Sets up training from a checked configuration: process groups, the model and the optimizer."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from nsa_cp.training.errors import UserError, as_user_error
 
 @dataclass(frozen=True)
 class Launch:
-    """This process among those that a launcher (torchrun, SLURM, mpirun) started.
+    """This process's place among those that a launcher (torchrun, SLURM, mpirun) started.
 
     Attributes:
         rank: global rank.
         world_size: number of processes; 1 without a launcher.
-        local_rank: rank on this machine, which chooses the GPU.
+        local_rank: rank on this machine; selects the GPU.
     """
 
     rank: int = 0
@@ -59,11 +59,11 @@ class Launch:
 
 @dataclass
 class Trainer:
-    """What training works on, on this process.
+    """This process's part of the model with all that is needed to train it.
 
     Attributes:
         config: the run.
-        model_config: Megatron's view of it.
+        model_config: the run's settings as Megatron takes them.
         device: where tensors are.
         chunks: bare model chunks: one, or one for each virtual pipeline stage.
         wrapped: the same chunks inside Megatron's DDP (and Float16Module for bf16).
@@ -81,7 +81,7 @@ class Trainer:
 
 
 def init_processes(config: RunConfig, launch: Launch, device: torch.device) -> None:
-    """Join torch.distributed and form Megatron's groups. The first thing that waits for other processes."""
+    """Join torch.distributed and form Megatron's groups. Collective: the first call that waits for other processes."""
     timeout = timedelta(minutes=config.parallel.timeout_minutes)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -92,7 +92,7 @@ def init_processes(config: RunConfig, launch: Launch, device: torch.device) -> N
         alone = launch.world_size == 1 and "MASTER_ADDR" not in os.environ
         where = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {"init_method": "env://"}
         dist.init_process_group(backend, timeout=timeout, **where)
-    # The first collective tells NCCL each process's device; a barrier would have to guess it.
+    # NCCL learns each process's device from its first collective; a barrier would have to guess it.
     dist.all_reduce(torch.zeros(1, device=device))
     parallel = config.parallel
     parallel_state.initialize_model_parallel(
@@ -116,7 +116,7 @@ def close_processes() -> None:
 
 
 def megatron_config(config: RunConfig, device: torch.device) -> NSATransformerConfig:
-    """The model's settings in Megatron's words.
+    """The run's model and parallel settings as Megatron's configuration, with NSA's fields.
 
     Raises:
         ValueError: settings that the attention layers cannot follow.
@@ -158,8 +158,8 @@ def megatron_config(config: RunConfig, device: torch.device) -> NSATransformerCo
         batch_p2p_comm=not interleaved,
         overlap_p2p_comm=interleaved,
         batch_p2p_sync=not on_cpu,
-        # Losses are summed and divided once by the whole batch's token count, so neither unequal masks nor the number of
-        # context- or data-parallel processes changes the gradient.
+        # Losses are summed, and divided once by the whole batch's token count, so that the gradient depends neither on how masks
+        # are spread nor on the number of context- or data-parallel processes.
         calculate_per_token_loss=True,
         **recompute,
     )
@@ -169,14 +169,14 @@ def build_trainer(config: RunConfig, device: torch.device, *, for_training: bool
     """Build this process's part of the model and its optimizer, with seeded weights. Collective.
 
     Args:
-        config: a resolved run; its groups have been formed.
+        config: a resolved run, whose process groups have been formed.
         device: this process's device.
         for_training: False leaves out DDP and the optimizer.
 
     Raises:
         UserError: settings that the model refuses.
     """
-    # Pipeline stages hold different layers, which must not begin with equal weights.
+    # A seed for each pipeline stage: stages hold different layers, which must not begin with equal weights.
     seed = config.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -237,9 +237,9 @@ def _build_optimizer(config: RunConfig, wrapped: list[torch.nn.Module]) -> Any:
 
 
 def count_parameters(chunks: Sequence[torch.nn.Module]) -> int:
-    """Parameters of the whole model. Collective.
+    """Number of parameters of the whole model. Collective.
 
-    A tensor-parallel shard counts on every tensor-parallel process, a replicated parameter on the first one only.
+    Tensor-parallel shards are counted on every tensor-parallel process, replicated parameters on the first one only.
     """
     first = parallel_state.get_tensor_model_parallel_rank() == 0
     local = sum(

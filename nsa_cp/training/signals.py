@@ -1,4 +1,4 @@
-"""A request to stop, as job managers and people send it."""
+"""Turns the signals with which job managers and people stop a run into a request that the loop can honour between steps."""
 
 from __future__ import annotations
 

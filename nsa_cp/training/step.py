@@ -1,4 +1,4 @@
-"""One optimizer step, and how far a run is."""
+"""One optimizer step, and the record of how far a run has come."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from nsa_cp.training.signals import StopRequest
 
 @dataclass
 class Progress:
-    """How far a run is.
+    """How far a run has come.
 
     Attributes:
         step: optimizer steps done.
-        consumed_samples: training sequences used: the position in the data.
+        consumed_samples: training sequences used so far, which is the position in the data.
         wall_seconds: time spent training and validating, over all parts of a resumed run.
         saved_step: step of the newest checkpoint, or None.
-        val_loss: validation loss after the last step, nats a token; None before.
+        val_loss: validation loss in nats a token after the run's last step; None before that.
     """
 
     step: int = 0

@@ -1,4 +1,4 @@
-"""The end of a run: sample, pictures and summary.json."""
+"""What a run leaves at its end: a text sample, pictures and summary.json."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nsa_cp.training.step import Progress
 
 
 def finish(trainer: Trainer, plan: Plan, progress: Progress, reporter: Reporter) -> dict[str, Any] | None:
-    """Sample, pictures and summary of a complete run. Collective."""
+    """Write the sample, pictures and summary of a complete run. Collective; the first process returns the summary."""
     config, folder, source = trainer.config, plan.folder, plan.source
     # A run that is resumed after its last step has nothing left to train and validates here.
     val_loss = validation_loss(trainer, source) if progress.val_loss is None else progress.val_loss
@@ -47,7 +47,7 @@ def summarise(rows: list[dict[str, Any]], val_loss: float, trainer: Trainer, pla
     """The figures of summary.json.
 
     Args:
-        rows: metrics.jsonl, one mapping a step. The rate leaves out the first step, which warms up.
+        rows: metrics.jsonl, one mapping a step. ``tokens_per_second`` leaves out the first step, which is slower.
         val_loss: final validation loss, nats a token.
         trainer: the model.
         plan: the run.
