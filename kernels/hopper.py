@@ -4,7 +4,7 @@ Gluon, the level below Triton; their files are called ``hopper*.py``.
 Why Gluon: Triton waits for every matrix product whose result the same iteration uses, so that products and exponentials take
 turns. Here the code itself says what is in flight. One warp fetches tiles with the copy engine (TMA) into a ring of slots; the
 other warps form groups of four ("warp groups"), which own 64 rows each (128 in block scores) and do not wait for each other,
-except in the fused backward (``hopper_whole_backward.py``). Each kernel has a twin in Triton (the fused one has two) that gives
+except in the fused backward (``hopper_fused_backward.py``). Each kernel has a twin in Triton (the fused one has two) that gives
 the same results up to rounding and runs wherever this one cannot: on other devices, in the interpreter, for widths and alignments
 that the copy engine cannot handle.
 

@@ -157,7 +157,7 @@ def query_gradients(
         config: tile shape instead of the table's.
         bulk: whether to fetch keys and values by the copy engine; None: where it can.
         hopper: let ``hopper.py`` do it where it can, unless ``config`` or ``bulk`` is given.
-        begun: dq of the compressed branch in the layout of ``interval_attention.hopper_whole_backward``; that branch then adds
+        begun: dq of the compressed branch in the layout of ``interval_attention.hopper_fused_backward``; that branch then adds
             nothing more. Only if :func:`goes_to_hopper`; the selected branch's keys, which may have been unknown when that was
             asked, are copied if the copy engine cannot fetch them.
 

@@ -9,7 +9,7 @@ no room for do beside both parts of q and dq: do then stays in shared memory of 
 Per tile and warp group: issue S = Q K^T and dP = dO V^T; the exponentials run while dP does, and beside the other warp group's
 products; dq += dS K.
 
-If ``interval_attention/hopper_whole_backward.py`` has made the compressed branch's dq already, a warp group starts from its tile
+If ``interval_attention/hopper_fused_backward.py`` has made the compressed branch's dq already, a warp group starts from its tile
 of that buffer, [16, 128, 4] floats in the order of its own registers, and compressed tokens are not fetched.
 """
 
@@ -373,7 +373,7 @@ def query_gradients(
         keys: k and v of the window, the compressed tokens and the selected branch.
         statistics: their shifts and deltas, contiguous, in the same order.
         ranges: begin and end of the rows that a query sees in the window, then of the compressed tokens that it sees.
-        begun: float32 [G, tiles, 16, 128, 4], dq of the compressed branch as ``interval_attention_whole_backward`` returns it;
+        begun: float32 [G, tiles, 16, 128, 4], dq of the compressed branch as ``interval_attention_fused_backward`` returns it;
             that branch then adds nothing more.
     """
     (tokens, num_heads, dk), groups, dv = q.shape, keys[0].shape[1], do.shape[2]

@@ -26,7 +26,7 @@ class SequenceLayout:
         cu_seqlens: document d covers global rows ``cu_seqlens[d] .. cu_seqlens[d+1]``; the last entry is S.
         chunks: for each rank the ``(start, end)`` of its chunks, ascending and disjoint; those of all ranks cover 0 .. S.
         cp_rank: this process's rank.
-        kind: the rule that made the chunks, for messages.
+        kind: the rule that made the chunks: ``zigzag``, ``contiguous`` or ``custom``.
     """
 
     cu_seqlens: tuple[int, ...]

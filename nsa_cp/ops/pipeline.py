@@ -28,7 +28,7 @@ from nsa_cp.context_parallel import (
     start_agreement,
 )
 from nsa_cp.context_parallel.autograd import exact_backward, exact_forward
-from nsa_cp.ops.branches import Branch, BranchesBackward, ChosenBlocks, five_product_groups
+from nsa_cp.ops.branches_backward import Branch, BranchesBackward, ChosenBlocks, fused_backward_groups
 from nsa_cp.ops.checks import check_heads, check_rows
 from nsa_cp.ops.compression import CompressorWeights, check_compressor_weights, compress
 from nsa_cp.ops.dispatch import accumulator_dtype, resolve_backend
@@ -148,7 +148,7 @@ class _Call:
     heads_per_group: int
 
     @property
-    def alone(self) -> bool:
+    def is_single_process(self) -> bool:
         """Whether this process holds the whole sequence."""
         return group_size(self.group) == 1
 
@@ -164,7 +164,7 @@ class _Call:
     def groups_at_once(self, k: torch.Tensor, v: torch.Tensor) -> int:
         """How many K/V groups of the selected branch are computed on at a time; on one process all of them."""
         groups = k.shape[1]
-        if self.alone:
+        if self.is_single_process:
             return groups
         return groups_a_step(groups, self.plan.row_partition.num_rows * (k.shape[2] + v.shape[2]) * k.element_size())
 
@@ -229,8 +229,9 @@ class _Branches(torch.autograd.Function):
         gathered = RowGather(compression.outputs, plan.compressed_partition, call.group)
         at_once = call.groups_at_once(k_slc, v_slc)
         # A slice of groups is a message, so all ranks must slice alike; only a process alone may take fewer groups.
-        five = five_product_groups(q, grad, (k_window, v_window), plan, call.backend, at_once, fewer=call.alone)
-        raw = _GroupGather(call, k_slc, v_slc, five or at_once)
+        window_kv = (k_window, v_window)
+        fused_groups = fused_backward_groups(q, grad, window_kv, plan, call.backend, at_once, fewer=call.is_single_process)
+        raw = _GroupGather(call, k_slc, v_slc, fused_groups or at_once)
         chosen = ChosenBlocks(blocks, plan, call.backend)
         k_whole = v_whole = None
         dq = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -241,7 +242,7 @@ class _Branches(torch.autograd.Function):
             heads = call.heads_of(groups)
             # One contiguous copy of this slice of heads, which every kernel would otherwise make for itself.
             cmp, slc, win = split_statistics(statistics[..., heads].contiguous())
-            backward = BranchesBackward(q[:, heads], grad[:, heads], chosen.of(groups), plan, call.backend, five > 0)
+            backward = BranchesBackward(q[:, heads], grad[:, heads], chosen.of(groups), plan, call.backend, fused_groups > 0)
             # In the order in which keys arrive: the window's are here already, the selected branch's come last.
             windows.append(backward.window(Branch(k_window[:, groups], v_window[:, groups], win)))
             if k_whole is None:
@@ -253,15 +254,15 @@ class _Branches(torch.autograd.Function):
             d_slc = backward.selected(Branch(*raw_part.wait(), slc))
             slc_sums.append(RowReduceScatter(d_slc, plan.row_partition, call.group))
             del raw_part, d_cmp, d_slc
-            if groups == raw.slices[-1] and not call.alone:
+            if groups == raw.slices[-1] and not call.is_single_process:
                 # The halo's gradients and the last sums travel beside the last kernel; earlier sums have arrived by then.
-                _settle(slc_sums[:-1])
+                _wait_all(slc_sums[:-1])
                 dweights = _finish_buffers(compression, halo, windows, cmp_sums, accumulator)
             backward.query_gradients(out=dq[:, heads])
             # At most one slice's sums travel while the next slice computes: each is as long as the whole sequence.
-            _settle([*cmp_sums[:-1], *slc_sums[:-1]])
+            _wait_all([*cmp_sums[:-1], *slc_sums[:-1]])
             del backward
-        if call.alone:
+        if call.is_single_process:
             # Nothing travels, so this can wait until after dq, when less memory is in use.
             dweights = _finish_buffers(compression, halo, windows, cmp_sums, accumulator)
         d_slc = _join_groups([sums.wait() for sums in slc_sums], q.dtype)
@@ -323,7 +324,7 @@ class _CompressedTokens:
         self.keys = own[0]
         # Whether the branch's lse comes from one pass over all keys. Merged from a ring's shards, its last bits depend on their
         # order, and with it the choice between nearly equal blocks; scoring then recomputes it, to choose as one process does.
-        self.in_one_pass = call.alone or call.plan.config.compressed_comm == "all_gather"
+        self.in_one_pass = call.is_single_process or call.plan.config.compressed_comm == "all_gather"
         transport = RowRing if call.plan.config.compressed_comm == "ring" else RowGather
         self.transport = transport(own, call.plan.compressed_partition, call.group)
 
@@ -333,7 +334,7 @@ class _CompressedTokens:
         if isinstance(self.transport, RowGather):
             self.keys, values = self.transport.wait()
             return interval_attention_forward(q, self.keys, values, plan.compressed_intervals, backend)
-        if self.call.alone:
+        if self.call.is_single_process:
             return interval_attention_forward(q, *self.own, plan.compressed_intervals, backend)
         self.keys = q.new_empty(plan.compressed_partition.num_rows, *self.own[0].shape[1:])
         out = q.new_zeros(*q.shape[:2], self.own[1].shape[-1], dtype=accumulator_dtype(q))
@@ -362,7 +363,7 @@ class _RecomputedCompression:
         return [dk.to(accumulator_dtype(dk)), dv.to(accumulator_dtype(dv)), *dweights]
 
 
-def _settle(sums: Sequence[RowReduceScatter]) -> None:
+def _wait_all(sums: Sequence[RowReduceScatter]) -> None:
     """Wait for these sums, which frees the messages they sent."""
     for each in sums:
         each.wait()

@@ -22,8 +22,8 @@ from unittest import mock
 import torch
 
 from nsa_cp.config import NSAConfig, RotaryConfig
-from nsa_cp.ops import branches as ops_branches
 from nsa_cp.ops import (
+    branches_backward,
     combine_branches,
     compress_kv,
     compressed_attention,
@@ -152,7 +152,7 @@ def check(kernel: str, case: Case, device: torch.device) -> list[str]:
         dtype=case.dtype,
     ).to(device)  # fmt: skip
     blocks = _selection(problem, "torch", torch.empty(0))[1][0]
-    with mock.patch.object(ops_branches, "LEAST_PAIRS", 0) if kernel == _LONG else nullcontext():
+    with mock.patch.object(branches_backward, "LEAST_PAIRS", 0) if kernel == _LONG else nullcontext():
         ours = _results(KERNELS[kernel](_with_leaves(problem, case.dtype), "triton", blocks), problem.grad)
     exact = _results(KERNELS[kernel](_with_leaves(problem, torch.float64), "torch", blocks), problem.grad)
     wrong = []

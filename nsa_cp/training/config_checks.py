@@ -28,7 +28,8 @@ def check_world(config: RunConfig, world_size: int, *, for_training: bool = True
     Args:
         config: a resolved run.
         world_size: number of processes that were started.
-        for_training: also check that the global batch divides over the processes, which evaluation does not need.
+        for_training: also check that the global batch divides over the processes, into as many micro-batches as the pipeline's
+            schedule needs; evaluation does not depend on it.
 
     Raises:
         UserError: the processes do not divide into the parallel sizes, or the batch does not divide over them.
@@ -42,9 +43,11 @@ def check_world(config: RunConfig, world_size: int, *, for_training: bool = True
             f"{parallel.tensor}*{parallel.pipeline}*{parallel.context} = {size}; start {_round_up(world_size, size)} "
             f"(torchrun --nproc-per-node) or change the parallel section"
         )
+    if not for_training:
+        return
     dp = config.data_parallel_size(world_size)
     step = train.micro_batch_size * dp
-    if for_training and train.global_batch_size % step:
+    if train.global_batch_size % step:
         raise UserError(
             f"train.global_batch_size = {train.global_batch_size} is not a multiple of "
             f"train.micro_batch_size * data-parallel size = {train.micro_batch_size}*{dp} = {step}; "

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from nsa_cp.config import NSAConfig, RotaryConfig
 from nsa_cp.context_parallel import SequenceLayout
-from nsa_cp.ops import branches
+from nsa_cp.ops import branches_backward
 from nsa_cp.testing import DistributedPool, relative_error
 from nsa_cp.testing.cases import AttentionProblem, join_shards, make_problem, solve
 
@@ -56,7 +56,7 @@ def _layout(name: str, kind: str, rank: int) -> SequenceLayout:
 
 def _as_if_long(really: bool) -> AbstractContextManager:
     """The backward takes the kernels of long sequences."""
-    return mock.patch.object(branches, "LEAST_PAIRS", 0) if really else nullcontext()
+    return mock.patch.object(branches_backward, "LEAST_PAIRS", 0) if really else nullcontext()
 
 
 def _solve(rank: int, world_size: int, name: str, kind: str, comm: str, long: bool) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from nsa_cp.config import NSAConfig, RotaryConfig
 from nsa_cp.context_parallel import HaloExchange, RowReduceScatter, SequenceLayout, transfer
 from nsa_cp.ops import pipeline
-from nsa_cp.ops.branches import BranchesBackward
+from nsa_cp.ops.branches_backward import BranchesBackward
 from nsa_cp.ops.plan import NSAPlan, get_plan, get_window_plan
 from nsa_cp.reference import reference_native_sparse_attention
 from nsa_cp.testing import assert_close
@@ -150,15 +150,15 @@ def _eight_groups() -> AttentionProblem:
 
 
 def _solve_in_slices(rank: int, world_size: int) -> tuple[dict[str, torch.Tensor], list[int]]:
-    """Answers, and groups of each of the backward's slices, on ranks that differ in whether five products are worth it."""
+    """Answers, and groups of each of the backward's slices, on ranks that differ in whether the fused backward is worth it."""
     problem = _eight_groups()
     layout = SequenceLayout.build(PACKED, cp_size=world_size, cp_rank=rank)
 
-    def five(*arguments: object, fewer: bool) -> int:
+    def fused(*arguments: object, fewer: bool) -> int:
         return 1 if fewer else rank * arguments[-1]
 
     get_plan.cache_clear()
-    with mock.patch.object(pipeline, "five_product_groups", five):
+    with mock.patch.object(pipeline, "fused_backward_groups", fused):
         with mock.patch.object(pipeline, "BranchesBackward", wraps=pipeline.BranchesBackward) as made:
             answers = solve(problem.shard(layout), layout=layout, group=dist.group.WORLD)
     get_plan.cache_clear()
@@ -198,7 +198,7 @@ def _order_of_the_backward(rank: int, world_size: int) -> list[str]:
 
 
 def test_what_the_backward_issues_when(workers) -> None:
-    """Gathers but the first behind the five products, and the halo's gradients before the last dq; alike on all ranks."""
+    """Gathers but the first behind the fused backward, and the halo's gradients before the last dq; alike on all ranks."""
     kernels = ["window", "compressed", "all_gather", "reduce_scatter", "selected", "reduce_scatter", "query_gradients"]
     last = [name for name in kernels if name != "all_gather"]
     last.insert(-1, "exchange")

@@ -24,7 +24,7 @@ from nsa_cp.kernels.interval_attention.forward import interval_attention_forward
 from nsa_cp.kernels.query_gradients.backward import Branch, query_gradients
 from nsa_cp.kernels.selected_attention.backward import selected_attention_backward_dkv
 from nsa_cp.kernels.selected_attention.unions import Selection, find_visitors
-from nsa_cp.ops import branches as ops_branches
+from nsa_cp.ops import branches_backward
 from nsa_cp.ops.plan import NSAPlan, get_plan
 from nsa_cp.ops.selected import selection_of
 from nsa_cp.testing import assert_close
@@ -225,22 +225,22 @@ def test_long_sums_do_not_shrink(hopper: bool) -> None:
     assert loss(tokens * heads) > 3e-3
 
 
-def _whole_backward(*arguments: object, **options: object) -> tuple[Tensor, Tensor, Tensor]:
-    from nsa_cp.kernels.interval_attention.hopper_whole_backward import interval_attention_whole_backward, takes
+def _fused_backward(*arguments: object, **options: object) -> tuple[Tensor, Tensor, Tensor]:
+    from nsa_cp.kernels.interval_attention.hopper_fused_backward import interval_attention_fused_backward, takes
 
     assert takes(*arguments[:4])
-    return interval_attention_whole_backward(*arguments, **options)
+    return interval_attention_fused_backward(*arguments, **options)
 
 
 def _as_rows(dq: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    from nsa_cp.kernels.interval_attention.hopper_whole_backward import unpack
+    from nsa_cp.kernels.interval_attention.hopper_fused_backward import unpack
 
     return unpack(dq, len(q), q.shape[1] // k.shape[1]) * SCALE
 
 
 @pytest.mark.parametrize("name", ["window", "compressed"])
 @pytest.mark.parametrize("case", WHOLE_CASES)
-def test_whole_backward(case: str, name: str) -> None:
+def test_fused_backward(case: str, name: str) -> None:
     """dq, dk and dv in 5 products, in one chunk and in several."""
     problem = WHOLE_CASES[case]
     rows, bounds, of_keys = _intervals(_plan(problem), name)
@@ -250,15 +250,15 @@ def test_whole_backward(case: str, name: str) -> None:
     expected = interval_attention_backward(q, k, v, do, *statistics, *bounds, *of_keys, SCALE, bulk=False)
     arguments = (q, k, v, do, *statistics, *of_keys, SCALE)
     for chunk in (None, 13, 1 << 20):
-        dq, dk, dv = _whole_backward(*arguments, chunk=chunk)
+        dq, dk, dv = _fused_backward(*arguments, chunk=chunk)
         assert_close([_as_rows(dq, q, k), dk, dv], list(expected), max_relative_error=1e-3, name=f"chunks of {chunk}")
         assert all(x[:MARGIN].eq(0).all() and x[-MARGIN:].eq(0).all() for x in (dk, dv))
         for _ in range(3):
-            again = _whole_backward(*arguments, chunk=chunk)
+            again = _fused_backward(*arguments, chunk=chunk)
             assert all(torch.equal(a, b) for a, b in zip((dq, dk, dv), again, strict=True))
 
 
-def test_whole_backward_of_intervals_in_no_order() -> None:
+def test_fused_backward_of_intervals_in_no_order() -> None:
     """Any queries of any key, some of none, against float64."""
     tokens, heads, keys, width = 701, 16, 400, 128
     q, do = (torch.randn(tokens, heads, width, device=DEVICE).bfloat16() for _ in range(2))
@@ -272,7 +272,7 @@ def test_whole_backward_of_intervals_in_no_order() -> None:
     p = torch.where(visible, (wide_q @ wide_k.T * SCALE - shift[..., None]).exp(), 0.0)
     ds = p * (wide_do @ wide_v.T - delta[..., None])
     dk, dv = (torch.einsum("thm,thd->md", x, y)[:, None] for x, y in ((ds * SCALE, wide_q), (p, wide_do)))
-    dq, *key_gradients = _whole_backward(q, k, v, do, shift, delta, begin, end, SCALE, chunk=16)
+    dq, *key_gradients = _fused_backward(q, k, v, do, shift, delta, begin, end, SCALE, chunk=16)
     found = [x.double() for x in (_as_rows(dq, q, k), *key_gradients)]
     # p and ds are rounded to 8 bits.
     assert_close(found, [ds @ wide_k * SCALE, dk, dv], max_relative_error=1e-2, name="gradients")
@@ -310,7 +310,7 @@ def test_query_gradients_from_the_compressed_ones(case: str) -> None:
     problem = WHOLE_CASES[case]
     q, do, (window, compressed, selected), ranges, chosen, of_keys = _query_gradients_problem(problem, _plan(problem), True)
     expected = query_gradients(q, do, window, compressed, selected, *ranges, chosen, SCALE, hopper=False)
-    begun, *_ = _whole_backward(q, compressed.k, compressed.v, do, compressed.shift, compressed.delta, *of_keys, SCALE)
+    begun, *_ = _fused_backward(q, compressed.k, compressed.v, do, compressed.shift, compressed.delta, *of_keys, SCALE)
     unread = compressed._replace(k=torch.full_like(compressed.k, float("nan")))
     dq = query_gradients(q, do, window, unread, selected, *ranges, chosen, SCALE, begun=begun)
     assert_close(dq, expected, max_relative_error=1e-3, name="dq")
@@ -321,16 +321,16 @@ def test_query_gradients_from_the_compressed_ones(case: str) -> None:
 
 
 @pytest.mark.parametrize("buffer_bytes", [1 << 30, 1], ids=["all groups", "group by group"])
-def test_five_products_in_the_whole(buffer_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fused_backward_in_the_whole(buffer_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """5 products in place of 7 change no more than rounding, and two runs give the same bits."""
     settings = {"num_heads": 64, "num_groups": 4, "qk_dim": 128, "v_dim": 128, "rotary": RotaryConfig(), "dtype": torch.bfloat16}
     problem = make_problem(NSAConfig(backend="triton"), PACKED, **settings).to("cuda")
-    with mock.patch("nsa_cp.ops.pipeline.five_product_groups", return_value=0):
+    with mock.patch("nsa_cp.ops.pipeline.fused_backward_groups", return_value=0):
         expected = solve(problem)
-    monkeypatch.setattr(ops_branches, "_BUFFER_BYTES", buffer_bytes)
-    monkeypatch.setattr(ops_branches, "LEAST_PAIRS", 0)
-    target = "nsa_cp.kernels.interval_attention.hopper_whole_backward.interval_attention_whole_backward"
-    with mock.patch(target, side_effect=_whole_backward_itself()) as called:
+    monkeypatch.setattr(branches_backward, "_BUFFER_BYTES", buffer_bytes)
+    monkeypatch.setattr(branches_backward, "LEAST_PAIRS", 0)
+    target = "nsa_cp.kernels.interval_attention.hopper_fused_backward.interval_attention_fused_backward"
+    with mock.patch(target, side_effect=_fused_backward_itself()) as called:
         answers = solve(problem)
     assert called.call_count == (1 if buffer_bytes > 1 else 4)
     again = solve(problem)
@@ -340,10 +340,10 @@ def test_five_products_in_the_whole(buffer_bytes: int, monkeypatch: pytest.Monke
             assert_close(answers[key], value, max_relative_error=5e-3, name=key)
 
 
-def _whole_backward_itself() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    from nsa_cp.kernels.interval_attention.hopper_whole_backward import interval_attention_whole_backward
+def _fused_backward_itself() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    from nsa_cp.kernels.interval_attention.hopper_fused_backward import interval_attention_fused_backward
 
-    return interval_attention_whole_backward
+    return interval_attention_fused_backward
 
 
 @pytest.mark.parametrize("drifting", [False, True], ids=["random", "drifting"])

@@ -10,8 +10,8 @@ import torch
 
 from nsa_cp.config import NSAConfig, RotaryConfig
 from nsa_cp.context_parallel import SequenceLayout
-from nsa_cp.ops import branches, compress_kv, native_sparse_attention, select_blocks
-from nsa_cp.ops.branches import Branch, BranchesBackward, ChosenBlocks
+from nsa_cp.ops import branches_backward, compress_kv, native_sparse_attention, select_blocks
+from nsa_cp.ops.branches_backward import Branch, BranchesBackward, ChosenBlocks
 from nsa_cp.ops.gating import row_statistics, split_statistics
 from nsa_cp.ops.interval_attention import interval_attention_forward
 from nsa_cp.ops.plan import NSAPlan, get_plan
@@ -236,7 +236,7 @@ def test_two_runs_are_bitwise_equal() -> None:
 def test_forward_and_backward_in_a_cuda_graph(name: str, long: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if long:
         # The backward takes the kernels of long sequences.
-        monkeypatch.setattr(branches, "LEAST_PAIRS", 0)
+        monkeypatch.setattr(branches_backward, "LEAST_PAIRS", 0)
     problem = _with_backend(_problem(name), "triton")
     leaves = [
         x.requires_grad_() for x in (problem.q, *problem.k, *problem.v, problem.gates, *problem.k_weights, *problem.v_weights)

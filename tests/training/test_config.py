@@ -272,8 +272,12 @@ def test_a_plain_sequence_may_have_any_length_on_one_process() -> None:
     ],
 )
 def test_the_number_of_processes_is_checked(world: int, overrides: list[str], pattern: str) -> None:
+    config = build_config({}, overrides)
     with pytest.raises(UserError, match=pattern):
-        check_world(build_config({}, overrides), world)
+        check_world(config, world)
+    # Evaluation has batches of its own.
+    if world % config.model_parallel_size == 0:
+        check_world(config, world, for_training=False)
 
 
 @pytest.mark.parametrize(

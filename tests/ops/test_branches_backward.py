@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nsa_cp.config import NSAConfig
-from nsa_cp.ops import branches, pipeline
+from nsa_cp.ops import branches_backward, pipeline
 from nsa_cp.testing import assert_close
 from nsa_cp.testing.cases import make_problem, solve
 
@@ -24,8 +24,8 @@ TOKENS, HEADS, GROUPS = 1000, 64, 4
 def test_slices_of_groups_change_nothing(at_once: int, slices: int) -> None:
     problem = make_problem(CONFIG, (0, 37, 100), num_heads=6, num_groups=3)
     expected = solve(problem)
-    with mock.patch.object(pipeline, "five_product_groups", return_value=at_once):
-        with mock.patch.object(pipeline, "BranchesBackward", wraps=branches.BranchesBackward) as made:
+    with mock.patch.object(pipeline, "fused_backward_groups", return_value=at_once):
+        with mock.patch.object(pipeline, "BranchesBackward", wraps=branches_backward.BranchesBackward) as made:
             answers = solve(problem)
     assert made.call_count == slices
     for key, value in expected.items():
@@ -41,7 +41,7 @@ def test_groups_that_travel_together(groups: int, mib: int, expected: int) -> No
     assert pipeline.groups_a_step(groups, mib << 20) == expected
 
 
-VISIBLE = branches.LEAST_PAIRS // (HEADS // GROUPS)
+VISIBLE = branches_backward.LEAST_PAIRS // (HEADS // GROUPS)
 
 
 def _asked(
@@ -58,7 +58,7 @@ def _asked(
     )
     q, grad = (torch.zeros(TOKENS, heads, width, dtype=torch.bfloat16) for width in (128, v_dim))
     k, v = (torch.zeros(90, GROUPS, width, dtype=torch.bfloat16) for width in (128, v_dim))
-    return branches.five_product_groups(q, grad, (k, v), plan, backend, most, fewer=fewer)
+    return branches_backward.fused_backward_groups(q, grad, (k, v), plan, backend, most, fewer=fewer)
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def on_hopper() -> Iterator[mock.Mock]:
 def test_groups_within_the_buffer(
     fitting: int, most: int, expected: int, on_hopper: mock.Mock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(branches, "_BUFFER_BYTES", TOKENS * HEADS // GROUPS * 128 * 4 * fitting)
+    monkeypatch.setattr(branches_backward, "_BUFFER_BYTES", TOKENS * HEADS // GROUPS * 128 * 4 * fitting)
     assert _asked(VISIBLE, most) == expected
 
 
@@ -82,13 +82,13 @@ def test_ranks_take_all_groups_of_a_slice_or_none(
 ) -> None:
     """A rank whose buffer would hold one group only must not cut slices that are messages to others."""
     buffer = TOKENS * HEADS // GROUPS * 128 * 4
-    monkeypatch.setattr(branches, "_BUFFER_BYTES", buffer * fitting)
+    monkeypatch.setattr(branches_backward, "_BUFFER_BYTES", buffer * fitting)
     assert _asked(visible, most=2, fewer=False) == expected
-    monkeypatch.setattr(branches, "_MOST_BUFFER_BYTES", 2 * buffer - 1)
+    monkeypatch.setattr(branches_backward, "_MOST_BUFFER_BYTES", 2 * buffer - 1)
     assert _asked(visible, most=2, fewer=False) == 0
 
 
-def test_who_makes_five_products(on_hopper: mock.Mock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_takes_the_fused_backward(on_hopper: mock.Mock, monkeypatch: pytest.MonkeyPatch) -> None:
     assert _asked(VISIBLE) == GROUPS
     # What counts is what one launch computes: fewer pairs if all groups go at once, or packed documents that hide them.
     assert _asked(VISIBLE // GROUPS) == GROUPS and _asked(VISIBLE // GROUPS, most=1) == 0
@@ -96,7 +96,7 @@ def test_who_makes_five_products(on_hopper: mock.Mock, monkeypatch: pytest.Monke
     # Tokens of 2 heads are no task for the kernel that reads the buffer, odd blocks and a value narrower than the keys neither.
     assert _asked(100 * VISIBLE, heads=8) == _asked(VISIBLE, block_size=32) == _asked(VISIBLE, v_dim=64) == 0
     assert _asked(VISIBLE, backend="torch") == 0
-    monkeypatch.setattr(branches, "_MOST_BUFFER_BYTES", TOKENS * HEADS // GROUPS * 128 * 4 - 1)
+    monkeypatch.setattr(branches_backward, "_MOST_BUFFER_BYTES", TOKENS * HEADS // GROUPS * 128 * 4 - 1)
     assert _asked(VISIBLE) == 0
     on_hopper.return_value = False
     monkeypatch.undo()

@@ -55,7 +55,7 @@ class ChosenBlocks:
         return part
 
 
-def five_product_groups(
+def fused_backward_groups(
     q: torch.Tensor,
     grad: torch.Tensor,
     keys: Sequence[torch.Tensor],
@@ -76,9 +76,9 @@ def five_product_groups(
         fewer: whether the result may be less than ``most``; if not it is ``most`` or 0. The answer depends on this rank's sizes,
             so ranks that exchange slices of groups could otherwise slice differently.
     """
-    if not _takes_five_products(q, grad, keys, plan, backend):
+    if not _takes_fused_backward(q, grad, keys, plan, backend):
         return 0
-    from nsa_cp.kernels.interval_attention.hopper_whole_backward import dq_bytes
+    from nsa_cp.kernels.interval_attention.hopper_fused_backward import dq_bytes
 
     groups = keys[0].shape[1]
     heads = q.shape[1] // groups
@@ -89,7 +89,7 @@ def five_product_groups(
     return at_once if pairs >= LEAST_PAIRS and at_once * buffer <= _MOST_BUFFER_BYTES else 0
 
 
-def _takes_five_products(q: torch.Tensor, grad: torch.Tensor, keys: Sequence[torch.Tensor], plan: NSAPlan, backend: str) -> bool:
+def _takes_fused_backward(q: torch.Tensor, grad: torch.Tensor, keys: Sequence[torch.Tensor], plan: NSAPlan, backend: str) -> bool:
     """Whether the fused kernel takes these tensors, and the dq kernel of all branches can continue from its buffer's layout."""
     if backend != "triton":
         return False
@@ -97,7 +97,7 @@ def _takes_five_products(q: torch.Tensor, grad: torch.Tensor, keys: Sequence[tor
 
     if not goes_to_hopper(q, grad, keys, plan.config.select_block_size):
         return False
-    from nsa_cp.kernels.interval_attention.hopper_whole_backward import takes
+    from nsa_cp.kernels.interval_attention.hopper_fused_backward import takes
 
     return takes(q, *keys[:2], grad)
 
@@ -112,14 +112,14 @@ class BranchesBackward:
     Args:
         q: [T, N, Dk]. grad: [T, N, Dv], gradient of the gated sum.
         chosen: blocks of these groups.
-        five_products: use the fused kernel of :func:`five_product_groups`, unless it cannot take the memory layout of this slice.
+        fused: use the fused kernel of :func:`fused_backward_groups`, unless it cannot take the memory layout of this slice.
     """
 
     def __init__(
-        self, q: torch.Tensor, grad: torch.Tensor, chosen: ChosenBlocks, plan: NSAPlan, backend: str, five_products: bool = False
+        self, q: torch.Tensor, grad: torch.Tensor, chosen: ChosenBlocks, plan: NSAPlan, backend: str, fused: bool = False
     ) -> None:
         self.q, self.grad, self.chosen, self.plan, self.backend = q, grad, chosen, plan, backend
-        self.five_products = five_products
+        self.fused = fused
         self.branches: list[Branch] = []
         # Torch path: dq summed over the branches so far.
         self.dq: torch.Tensor | None = None
@@ -133,9 +133,9 @@ class BranchesBackward:
     def compressed(self, branch: Branch) -> KeyGradients:
         """dk and dv of the compressed tokens of all ranks, as far as this rank's queries see them."""
         keys = [x for each in (branch, *self.branches) for x in (each.k, each.v)]
-        if not (self.five_products and _takes_five_products(self.q, self.grad, keys, self.plan, self.backend)):
+        if not (self.fused and _takes_fused_backward(self.q, self.grad, keys, self.plan, self.backend)):
             return self._interval(branch, self.plan.compressed_intervals)
-        from nsa_cp.kernels.interval_attention.hopper_whole_backward import interval_attention_whole_backward as kernel
+        from nsa_cp.kernels.interval_attention.hopper_fused_backward import interval_attention_fused_backward as kernel
 
         self.branches.append(branch)
         inputs = (self.q, branch.k, branch.v, self.grad, *branch.statistics)

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton.experimental.gluon", reason="Gluon comes with Triton from 3.6 on, for Linux")
 
 from nsa_cp.kernels.interval_attention.backward import ROWS_A_SUM  # noqa: E402
-from nsa_cp.kernels.interval_attention.hopper_whole_backward import (  # noqa: E402
+from nsa_cp.kernels.interval_attention.hopper_fused_backward import (  # noqa: E402
     chunk_length,
     dq_bytes,
     takes,

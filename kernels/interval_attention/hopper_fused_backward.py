@@ -285,7 +285,7 @@ def add(out_ptr, x, half, target, GROUPS: gl.constexpr):
 
 
 @gluon.jit(do_not_specialize=["num_keys", "key_tiles", "num_tiles", "chunk_tiles", "group_rows"])
-def interval_attention_whole_backward_hopper_kernel(
+def interval_attention_fused_backward_hopper_kernel(
     q_desc, do_desc, k_desc, v_desc, shift_desc, delta_desc, q_begin_ptr, q_end_ptr, first_ptr, last_ptr, counter_ptr, flag_ptr,
     ticket_ptr, dq_ptr, dk_ptr, dv_ptr, num_keys, key_tiles, num_tiles, chunk_tiles, group_rows, scale, scale_log2,
     GROUPS: gl.constexpr, HEADS: gl.constexpr, TOKENS: gl.constexpr, DS_LAYOUT: gl.constexpr, num_warps: gl.constexpr,
@@ -341,7 +341,7 @@ def interval_attention_whole_backward_hopper_kernel(
 
 
 def takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, do: torch.Tensor) -> bool:
-    """Whether :func:`interval_attention_whole_backward` can take these: widths of 128, heads a group that are a power of two of
+    """Whether :func:`interval_attention_fused_backward` can take these: widths of 128, heads a group that are a power of two of
     at most 64, tensors that the copy engine can fetch."""
     return (
         k.shape[2] == v.shape[2] == WIDTH.value
@@ -395,7 +395,7 @@ def chunk_length(key_tiles: int, num_tiles: int, groups: int) -> int:
     return min(max(_LEAST_CHUNK, 1 << round(math.log2(max(1.0, best)))), ROWS_A_SUM // ROWS.value)
 
 
-def interval_attention_whole_backward(
+def interval_attention_fused_backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -428,7 +428,7 @@ def interval_attention_whole_backward(
     dq, ticket = zeros[:-4].view(shape), zeros[-4:].view(torch.int32)
     dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=q.device) for x in (k, v))
     q_block, k_block = (tile_tokens, heads, width), (KEYS.value, 1, width)
-    interval_attention_whole_backward_hopper_kernel[(key_tiles * groups * triton.cdiv(num_tiles, chunk),)](
+    interval_attention_fused_backward_hopper_kernel[(key_tiles * groups * triton.cdiv(num_tiles, chunk),)](
         tiles(q, q_block), tiles(do, q_block), tiles(k, k_block), tiles(v, k_block),
         *(tiles(group_by_group(x, groups, group_rows), (ROWS.value,)) for x in (shift, delta)),
         q_begin, q_end, first, last, *turns(first, num_tiles, groups, chunk), ticket, dq, dk, dv,
