@@ -228,8 +228,8 @@ class _Branches(torch.autograd.Function):
         compression = _RecomputedCompression(call, k_buffer, v_buffer, weights)
         gathered = RowGather(compression.outputs, plan.compressed_partition, call.group)
         at_once = call.groups_at_once(k_slc, v_slc)
-        # A slice of groups is a message, so all ranks must slice alike; only a process alone may take fewer groups.
         window_kv = (k_window, v_window)
+        # A slice of groups is a message, so all ranks must slice alike; only a process alone may take fewer groups.
         fused_groups = fused_backward_groups(q, grad, window_kv, plan, call.backend, at_once, fewer=call.is_single_process)
         raw = _GroupGather(call, k_slc, v_slc, fused_groups or at_once)
         chosen = ChosenBlocks(blocks, plan, call.backend)
