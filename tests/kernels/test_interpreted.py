@@ -31,6 +31,7 @@ def runs(request: pytest.FixtureRequest) -> Iterator[dict[Path, Future]]:
     pool.shutdown(cancel_futures=True)
 
 
+@pytest.mark.timeout(660)
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_kernels_under_the_interpreter(path: Path, runs: dict[Path, Future]) -> None:
     result = runs[path].result()
