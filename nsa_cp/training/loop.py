@@ -67,12 +67,12 @@ def _quieten() -> None:
 
 def _run(plan: Plan, *, overwrite: bool) -> dict[str, Any] | None:
     config, folder, first = plan.config, plan.folder, plan.launch.rank == 0
-    trainer = build_trainer(config, plan.device)
     _check_same_data(plan)
+    trainer = build_trainer(config, plan.device)
     progress = Progress()
     if plan.checkpoint is not None:
         path, manifest = plan.checkpoint
-        _check_all_found("newest checkpoints", path.name, f"in {path.parent}; begin again once all processes see the newest")
+        _check_same_checkpoint(path, f"in {path.parent}; begin again once all processes see the newest")
         load_checkpoint(path, trainer.chunks, trainer.optimizer, manifest=manifest)
         progress = Progress(manifest["step"], manifest["consumed_samples"], saved_step=manifest["step"])
     _close_selected_until_due(trainer, progress.step)
@@ -119,8 +119,7 @@ def _take_weights(trainer: Trainer, path: Path, manifest: dict[str, Any]) -> Non
     Raises:
         UserError: processes have found different checkpoints, because the run that writes them is still going on.
     """
-    place = f"in train.init_from = {trainer.config.train.init_from}"
-    _check_all_found("newest checkpoints", path.name, f"{place}; give one checkpoint's folder")
+    _check_same_checkpoint(path, f"in train.init_from = {trainer.config.train.init_from}; give one checkpoint's folder")
     config, kinds = trainer.config, manifest["model"]["layer_pattern"]
     if kinds == list(config.layer_kinds):
         load_checkpoint(path, trainer.chunks, None, manifest=manifest)
@@ -144,6 +143,10 @@ def _check_all_found(what: str, mine: str, place_and_remedy: str) -> None:
     dist.all_gather_object(found, mine)
     if len(set(found)) > 1:
         raise UserError(f"processes found different {what}, {' and '.join(sorted(set(found)))}, {place_and_remedy}")
+
+
+def _check_same_checkpoint(path: Path, place_and_remedy: str) -> None:
+    _check_all_found("newest checkpoints", path.name, place_and_remedy)
 
 
 def _check_same_data(plan: Plan) -> None:
@@ -245,9 +248,9 @@ def evaluate(config: RunConfig, checkpoint: Path | None = None) -> dict[str, Any
     manifest = read_manifest(path)
     check_compatible(manifest, plan.config, path, to_resume=False)
     with processes(plan):
-        trainer = build_trainer(plan.config, plan.device, for_training=False)
-        _check_all_found("newest checkpoints", path.name, f"in {path.parent}; name one")
+        _check_same_checkpoint(path, f"in {path.parent}; name one")
         _check_same_data(plan)
+        trainer = build_trainer(plan.config, plan.device, for_training=False)
         load_checkpoint(path, trainer.chunks, None, manifest=manifest)
         _close_selected_until_due(trainer, manifest["step"])
         loss = validation_loss(trainer, plan.source)

@@ -25,9 +25,9 @@ def _run(path: Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest) -> Iterator[dict[Path, Future]]:
     """Of the files whose tests were asked for."""
-    tests = [item for item in request.session.items if item.path == Path(__file__)]
+    paths = [item.callspec.params["path"] for item in request.session.items if item.path == Path(__file__)]
     pool = ThreadPoolExecutor(os.cpu_count())
-    yield {path: pool.submit(_run, path) for path in (item.callspec.params["path"] for item in tests)}
+    yield {path: pool.submit(_run, path) for path in paths}
     pool.shutdown(cancel_futures=True)
 
 

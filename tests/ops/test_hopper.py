@@ -73,7 +73,7 @@ CASES = {
     "192, long": Case(64, 4, 192, 128, (0, 4097)),
 }
 # Of 5 products: widths of 128.
-WHOLE_CASES = {name: case for name, case in CASES.items() if case.dk == case.dv == 128} | {
+FUSED_CASES = {name: case for name, case in CASES.items() if case.dk == case.dv == 128} | {
     "float16": Case(32, 4, 128, 128, dtype=torch.float16),
     "4 heads": Case(4, 1, 128, 128, (0, 1, 34, 421)),
     "1 head": Case(2, 2, 128, 128, (0, 130, 431, 433, 701)),
@@ -239,10 +239,10 @@ def _as_rows(dq: Tensor, q: Tensor, k: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["window", "compressed"])
-@pytest.mark.parametrize("case", WHOLE_CASES)
+@pytest.mark.parametrize("case", FUSED_CASES)
 def test_fused_backward(case: str, name: str) -> None:
     """dq, dk and dv in 5 products, in one chunk and in several."""
-    problem = WHOLE_CASES[case]
+    problem = FUSED_CASES[case]
     rows, bounds, of_keys = _intervals(_plan(problem), name)
     q, do = _queries(problem)
     k, v = _hidden_keys(problem, rows)
@@ -304,10 +304,10 @@ def test_query_gradients(case: str, drifting: bool) -> None:
     assert torch.equal(dq, query_gradients(q, do, *parts, *ranges, chosen, SCALE))
 
 
-@pytest.mark.parametrize("case", [name for name, case in WHOLE_CASES.items() if case.heads // case.groups >= 4])
+@pytest.mark.parametrize("case", [name for name, case in FUSED_CASES.items() if case.heads // case.groups >= 4])
 def test_query_gradients_from_the_compressed_ones(case: str) -> None:
     """The compressed branch's dq in, its keys not read; the same with selected keys that the copy engine cannot fetch."""
-    problem = WHOLE_CASES[case]
+    problem = FUSED_CASES[case]
     q, do, (window, compressed, selected), ranges, chosen, of_keys = _query_gradients_problem(problem, _plan(problem), True)
     expected = query_gradients(q, do, window, compressed, selected, *ranges, chosen, SCALE, hopper=False)
     begun, *_ = _fused_backward(q, compressed.k, compressed.v, do, compressed.shift, compressed.delta, *of_keys, SCALE)
