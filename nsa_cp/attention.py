@@ -143,7 +143,7 @@ class NativeSparseAttention(nn.Module):
             q: [T, N, Dk], unrotated.
             k, v: tensors [T, G, Dk] (unrotated) and [T, G, Dv], one per branch in the order compressed, selected, window; with
                 ``shared_kv`` a single one.
-            gate_logits: [T, N or 1, 3], branches in the same order; the gates are their sigmoid.
+            gate_logits: [T, N or 1, 3], branches in the same order; the gates are ``sigmoid(gate_logits / gate_temperature)``.
             layout: the sequence's documents, and which rows this rank holds.
 
         Returns:
@@ -163,7 +163,7 @@ class NativeSparseAttention(nn.Module):
                         f"{name} has {x.shape[1]} groups of {x.shape[2]} channels; this module was made for "
                         f"num_query_groups = {self.num_query_groups} of {width}"
                     )
-        gates = gate_logits.sigmoid()
+        gates = (gate_logits / self.config.gate_temperature).sigmoid()
         result = native_sparse_attention(
             q, k, v, gates, self.k_compressor.weights, self.v_compressor.weights, self.config,
             rotary=self.rotary, layout=layout, group=self.cp_group, blocks=self._given_blocks(q, k, layout),

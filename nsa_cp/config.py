@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 Compressor = Literal["mlp", "linear", "mean"]
@@ -44,6 +45,8 @@ class NSAConfig:
         compressed_rope: ``after``: compress unrotated keys, then rotate each compressed key at its first token's position;
             ``before``: compress keys that are already rotated.
         gate: ``head``: one gate per token, query head and branch; ``branch``: one per token and branch, shared by all heads.
+        gate_temperature: the gates are ``sigmoid(logits / gate_temperature)``. Adam moves all logits at about the same speed, so
+            with 10 the gates learn ten times as slowly and branches that are still useless are not closed in the first steps.
         layout: how a sequence is split over context-parallel ranks, see ``SequenceLayout.build``.
         compressed_comm: how compressed keys and values reach every rank: in one ``all_gather``, hidden behind the window
             branch, or around a ``ring``, the compressed branch attending to each shard as it arrives.
@@ -65,12 +68,13 @@ class NSAConfig:
     shared_kv: bool = False
     compressed_rope: CompressedRope = "after"
     gate: GateGranularity = "head"
+    gate_temperature: float = 1.0
     layout: LayoutKind = "zigzag"
     compressed_comm: CompressedComm = "all_gather"
     backend: Backend = "auto"
 
     def __post_init__(self) -> None:
-        for name, fault in size_faults(self):
+        for name, fault in number_faults(self):
             raise ValueError(f"{name} = {fault}")
         _check_choice("compressor", self.compressor, Compressor)
         _check_choice("compressed_rope", self.compressed_rope, CompressedRope)
@@ -107,15 +111,17 @@ class NSAConfig:
         return tuple(sum(0 <= offset + k < per_block for k in range(pieces)) for offset in range(1 - pieces, per_block))
 
 
-def size_faults(settings: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield ``(field name, message)`` for every invalid size; a message gives the value and the remedy.
+def number_faults(settings: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield ``(field name, message)`` for every invalid number; a message gives the value and the remedy.
 
     Args:
-        settings: any object with the size fields of :class:`NSAConfig`.
+        settings: any object with the fields of :class:`NSAConfig`.
         prefix: put before field names, for example ``"nsa."``.
     """
     alone = {name: fault for name, least in _LEAST.items() if (fault := _size_fault(getattr(settings, name), least))}
     yield from ((prefix + name, fault) for name, fault in alone.items())
+    if fault := _temperature_fault(settings.gate_temperature):
+        yield f"{prefix}gate_temperature", fault
     l, d, l_sel = settings.compress_block_size, settings.compress_stride, settings.select_block_size
     n, init, local = settings.num_selected_blocks, settings.num_init_blocks, settings.num_local_blocks
 
@@ -141,6 +147,12 @@ def _size_fault(value: Any, least: int) -> str | None:
     if value < least:
         return f"{value} must be at least {least}"
     return f"{value} must be at most {LARGEST_SIZE}" if value > LARGEST_SIZE else None
+
+
+def _temperature_fault(value: Any) -> str | None:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
+        return f"{value!r} is not a positive finite number; use 1.0 for the paper's gates"
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,8 @@ class Arm:
     tests_default: bool = False
 
 
+_SLOW_GATES = {"gate_temperature": 10.0}
+
 ARMS = (
     Arm(name="full", description="full attention, the same width", model={"attention": "full"}),
     Arm(name="full_params", description="full attention, as many parameters", model={"attention": "full"}, matched=True),
@@ -51,6 +53,12 @@ ARMS = (
         tests_default=True,
     ),
     Arm(name="gate_branch", description="one gate a branch for all heads", nsa={"gate": "branch"}, tests_default=True),
+    Arm(name="slow_gates", description="gates of a tenth of the logits, which learn slowly", nsa=_SLOW_GATES, tests_default=True),
+)
+
+# For text only: whether the choice of blocks counts when gates learn slowly.
+SLOW_GATES_RANDOM = Arm(
+    name="slow_gates_random", description="slow_gates with random blocks", model={"selection": "random"}, nsa=_SLOW_GATES
 )
 
 # For text only: tells how much of sparse attention's gap to full attention is due to the choice of blocks.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from nsa_cp.config import size_faults
+from nsa_cp.config import number_faults
 from nsa_cp.training.config import RunConfig
 from nsa_cp.training.errors import Problem, UserError
 
@@ -62,7 +62,7 @@ def check_world(config: RunConfig, world_size: int, *, for_training: bool = True
 
 
 def _check_nsa(config: RunConfig) -> Iterator[Problem]:
-    yield from (Problem(path, fault) for path, fault in size_faults(config.nsa, prefix="nsa."))
+    yield from (Problem(path, fault) for path, fault in number_faults(config.nsa, prefix="nsa."))
 
 
 def _check_model(config: RunConfig) -> Iterator[Problem]:

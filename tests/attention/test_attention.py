@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from nsa_cp.attention import (
     NativeSparseAttention,
     full_attention,
     sliding_window_attention,
+    without_selected,
 )
 from nsa_cp.config import NSAConfig, RotaryConfig
 from nsa_cp.context_parallel import SequenceLayout
@@ -105,10 +107,12 @@ def test_a_rank_without_rows_takes_part(workers, name: str) -> None:
     assert sorted(lengths) == [0, 2] and all(finite)
 
 
-def _module(group: dist.ProcessGroup | None = None, **changes: object) -> NativeSparseAttention:
+def _module(
+    group: dist.ProcessGroup | None = None, config: NSAConfig = CONFIG, **changes: object
+) -> NativeSparseAttention:
     generator = torch.Generator().manual_seed(3)
     return NativeSparseAttention(
-        CONFIG, num_attention_heads=4, num_query_groups=2, qk_dim=16, v_dim=12, rotary=ROTARY, cp_group=group,
+        config, num_attention_heads=4, num_query_groups=2, qk_dim=16, v_dim=12, rotary=ROTARY, cp_group=group,
         generator=generator, dtype=torch.float64, **changes,
     )  # fmt: skip
 
@@ -149,6 +153,32 @@ def test_module_equals_the_oracle_and_counts_remote_blocks(workers) -> None:
         remote = sum(not set(range(block * 8, block * 8 + 8)) <= own for block in chosen)
         assert metrics["remote_block_fraction"] == pytest.approx(remote / len(chosen))
         assert metrics["gate_window"] == pytest.approx(float(layout.shard(logits).sigmoid()[..., 2].mean()), rel=1e-6)
+
+
+def test_a_gate_temperature_divides_the_logits() -> None:
+    """In the output and in the logits' gradient."""
+    q, k, v, logits = _module_inputs(96)
+    layout = SequenceLayout.build(96)
+
+    def answers(temperature: float, logits: torch.Tensor, divisor: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = logits.clone().requires_grad_()
+        out = _module(config=replace(CONFIG, gate_temperature=temperature))(q, k, v, logits / divisor, layout)
+        return out.detach(), torch.autograd.grad(out.square().sum(), logits)[0]
+
+    for ours, expected in zip(answers(10.0, logits), answers(1.0, logits, divisor=10.0), strict=True):
+        assert torch.equal(ours, expected)
+    expected = reference.reference_native_sparse_attention(
+        q, tuple(k), tuple(v), (logits / 10).sigmoid(), *_compressor_weights(), CONFIG, rotary=ROTARY
+    )
+    assert_close(answers(10.0, logits)[0], expected.out.detach(), atol=1e-10)
+    assert (answers(10.0, logits)[0] - answers(1.0, logits)[0]).abs().max() > 0.1
+    closed = without_selected(logits)
+    assert torch.equal(answers(10.0, closed)[1][..., 1], torch.zeros_like(logits[..., 1]))
+
+
+def _compressor_weights() -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    module = _module()
+    return module.k_compressor.weights, module.v_compressor.weights
 
 
 def test_gradients_reach_every_compressor_parameter() -> None:

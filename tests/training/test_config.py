@@ -45,6 +45,7 @@ def test_every_setting_of_the_attention_is_in_the_yaml() -> None:
         shared_kv=True,
         compressed_rope="before",
         gate="branch",
+        gate_temperature=2.5,
         layout="contiguous",
         compressed_comm="ring",
         backend="torch",
@@ -65,6 +66,12 @@ def test_sizes_of_the_attention_are_whole_numbers(size: dict, fault: str) -> Non
     with pytest.raises(ValueError, match=f"^{fault}"):
         NSAConfig(**size)
     assert NSAConfig(window_size=np.int64(256)) == NSAConfig(window_size=256)
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0, float("nan"), float("inf"), True, "10"])
+def test_the_gates_temperature_is_a_positive_number(temperature: object) -> None:
+    with pytest.raises(ValueError, match=f"^gate_temperature = {temperature!r} is not a positive finite number; use 1.0"):
+        NSAConfig(gate_temperature=temperature)
 
 
 def test_numbers_written_as_yaml_strings_are_coerced() -> None:
@@ -159,6 +166,7 @@ REFUSED = {
         "2 is not divisible by parallel.tensor = 4; use 4",
     ),
     "l below 1": (["nsa.compress_stride=0"], "nsa.compress_stride", "0 must be at least 1"),
+    "temperature": (["nsa.gate_temperature=-2"], "nsa.gate_temperature", "-2.0 is not a positive finite number; use 1.0"),
     "l' not a multiple of d": (["nsa.select_block_size=72"], "nsa.select_block_size", "72.*compress_stride = 16; use 80"),
     "zigzag length": (
         ["parallel.context=8", "data.sequence_length=2056"],
