@@ -20,7 +20,7 @@ from nsa_cp.bench.stages import stage_passes
 from nsa_cp.bench.timing import Timing, measure, peak_memory
 from nsa_cp.config import NSAConfig
 from nsa_cp.ops import compress_kv, native_sparse_attention, select_blocks
-from nsa_cp.study.agreement import neighbour_agreement
+from nsa_cp.study.neighbours import neighbour_agreement
 
 IMPLEMENTATIONS = ("nsa", *PEERS)
 

@@ -13,7 +13,7 @@ import torch
 from nsa_cp.config import NSAConfig, RotaryConfig
 from nsa_cp.ops import compress_kv, initial_compressor_weights, select_blocks
 from nsa_cp.ops.rope import apply_rope, rotary_tables
-from nsa_cp.study.agreement import neighbour_agreement
+from nsa_cp.study.neighbours import neighbour_agreement
 
 KINDS = ("random", "drifting", "trained")
 # Agreement of neighbouring queries' choices that drifting inputs aim at.

@@ -15,9 +15,9 @@ from nsa_cp.config import NSAConfig
 from nsa_cp.context_parallel import SequenceLayout
 from nsa_cp.ops.plan import get_layout_plan
 from nsa_cp.ops.rope import apply_rope, rotary_tables
-from nsa_cp.study.agreement import neighbour_agreement
 from nsa_cp.study.evaluate import mixed_precision
 from nsa_cp.study.model import Decoder, SelfAttention
+from nsa_cp.study.neighbours import neighbour_agreement
 from nsa_cp.study.task import Batch, Group
 
 # Number of queries per layer whose dense attention is computed, and of sequences over which neighbours are compared.

@@ -92,7 +92,7 @@ def _run(plan: Plan, *, overwrite: bool) -> dict[str, Any] | None:
                 f"{samples} training sequences in all, {before} before: indexed data may be shuffled otherwise and come twice"
             )
     if plan.checkpoint is not None:
-        changes += _changed_data(plan.checkpoint[1], plan)
+        changes += _changed_data(plan.checkpoint[1], plan, "text may come twice or be trained on though held out before")
     reporter = Reporter(
         folder, active=first, first_step=progress.step, num_steps=config.train.steps, log_interval=config.train.log_interval
     )
@@ -153,13 +153,13 @@ def _check_same_data(plan: Plan) -> None:
     _check_all_found("data", plan.source.fingerprint, "under data.paths; let all see the same files")
 
 
-def _changed_data(manifest: dict[str, Any], plan: Plan) -> list[str]:
+def _changed_data(manifest: dict[str, Any], plan: Plan, consequence: str) -> list[str]:
     """A message if the data are not those that the checkpoint was trained on. Old checkpoints have no fingerprint to compare."""
     now = plan.source.fingerprint
     before = manifest.get("fingerprint", now)
     if before == now:
         return []
-    return [f"content of the data: {before} -> {now}, so text may come twice or be trained on though held out before"]
+    return [f"content of the data: {before} -> {now}, so {consequence}"]
 
 
 def _train_steps(trainer: Trainer, plan: Plan, progress: Progress, reporter: Reporter, stop: StopRequest) -> bool:
@@ -255,7 +255,7 @@ def evaluate(config: RunConfig, checkpoint: Path | None = None) -> dict[str, Any
         _close_selected_until_due(trainer, manifest["step"])
         loss = validation_loss(trainer, plan.source)
     whole, validation = plan.source.unigram_bits_per_byte()
-    differing = [*changed_settings(manifest, plan.config), *_changed_data(manifest, plan)]
+    differing = changed_settings(manifest, plan.config) + _changed_data(manifest, plan, "held-out text may have been trained on")
     return {
         "checkpoint": str(path),
         "step": manifest["step"],

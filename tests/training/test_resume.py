@@ -218,7 +218,10 @@ def test_a_resume_with_data_that_has_changed_says_so(tmp_path: Path, workers: Wo
     moved.write_text(moved.read_text().replace("gold", "bold", 1))
     rewind(config, 2)
     ((line,),) = workers(1).run(printed_here, config, "content of the data", resume=True)
-    assert re.search(r"data: 1750 bytes with hash \w+ -> 1750 bytes with hash \w+, so text may come twice or be trained on", line)
+    said = r"data: 1750 bytes with hash \w+ -> 1750 bytes with hash \w+, so "
+    assert re.search(f"{said}text may come twice or be trained on", line)
+    (figures,) = workers(1).run(figures_here, config, 2)
+    assert re.search(f"{said}held-out text may have been trained on", "".join(figures["settings_unlike_the_checkpoints"]))
     manifest = config.run_dir / "checkpoints" / "step_00000002" / MANIFEST
     content = json.loads(manifest.read_text())
     del content["fingerprint"]
