@@ -163,7 +163,8 @@ class NativeSparseAttention(nn.Module):
                         f"{name} has {x.shape[1]} groups of {x.shape[2]} channels; this module was made for "
                         f"num_query_groups = {self.num_query_groups} of {width}"
                     )
-        gates = (gate_logits / self.config.gate_temperature).sigmoid()
+        temperature = self.config.gate_temperature
+        gates = (gate_logits if temperature == 1 else gate_logits / temperature).sigmoid()
         result = native_sparse_attention(
             q, k, v, gates, self.k_compressor.weights, self.v_compressor.weights, self.config,
             rotary=self.rotary, layout=layout, group=self.cp_group, blocks=self._given_blocks(q, k, layout),
