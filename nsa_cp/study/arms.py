@@ -28,8 +28,6 @@ class Arm:
     tests_default: bool = False
 
 
-_SLOW_GATES = {"gate_temperature": 10.0}
-
 ARMS = (
     Arm(name="full", description="full attention, the same width", model={"attention": "full"}),
     Arm(name="full_params", description="full attention, as many parameters", model={"attention": "full"}, matched=True),
@@ -53,12 +51,12 @@ ARMS = (
         tests_default=True,
     ),
     Arm(name="gate_branch", description="one gate a branch for all heads", nsa={"gate": "branch"}, tests_default=True),
-    Arm(name="slow_gates", description="gates of a tenth of the logits, which learn slowly", nsa=_SLOW_GATES, tests_default=True),
-)
-
-# For text only: whether the choice of blocks counts when gates learn slowly.
-SLOW_GATES_RANDOM = Arm(
-    name="slow_gates_random", description="slow_gates with random blocks", model={"selection": "random"}, nsa=_SLOW_GATES
+    Arm(
+        name="slow_gates",
+        description="gates of a tenth of the logits, which learn slowly",
+        nsa={"gate_temperature": 10.0},
+        tests_default=True,
+    ),
 )
 
 # For text only: tells how much of sparse attention's gap to full attention is due to the choice of blocks.
@@ -67,6 +65,15 @@ DENSE_BLOCKS = Arm(
     description="the blocks that dense attention with the selected branch's queries and keys weights most",
     model={"selection": "dense"},
 )
+
+
+def held_gates_arms(stage: int) -> tuple[Arm, ...]:
+    """Arms whose gates are one half in the stages of training before ``stage``."""
+    held = {"gates_from": stage}
+    return (
+        Arm(name="held_gates", description="gates held at one half on the shorter sequences", model=held, tests_default=True),
+        Arm(name="held_gates_random", description="the same with random blocks", model={**held, "selection": "random"}),
+    )
 
 
 def from_full_arms(stage: int) -> tuple[Arm, ...]:

@@ -40,6 +40,7 @@ class ModelSettings:
             there is only one.
         selected_from: first stage of training in which the selected branch is open. Before, its gate is exactly 0; when it opens,
             its key and value projections are set to the window's.
+        gates_from: first stage of training in which the gates learn. Before, they are exactly one half.
         dense_until: first stage of training in which attention is sparse. Before, it is dense, with the model's queries and the
             first branch's keys and values; then ``nsa`` begins with these, as :func:`nsa_cp.megatron.copy_dense_weights` does.
     """
@@ -57,6 +58,7 @@ class ModelSettings:
     shift: bool = False
     equal_start: bool = True
     selected_from: int = 0
+    gates_from: int = 0
     dense_until: int = 0
     nsa: NSAConfig = field(default_factory=NSAConfig)
     rotary: RotaryConfig = field(default_factory=RotaryConfig)
@@ -71,6 +73,7 @@ class SelfAttention(nn.Module):
     Attributes:
         is_dense: whether attention is dense for the time being (``dense_until``).
         selected_is_open: whether the selected branch is open (``selected_from``).
+        gates_learn: whether the gates depend on the input yet (``gates_from``).
     """
 
     def __init__(self, settings: ModelSettings, seed: int) -> None:
@@ -78,6 +81,7 @@ class SelfAttention(nn.Module):
         s = self.settings = settings
         self.is_dense = s.attention == "nsa" and s.dense_until > 0
         self.selected_is_open = s.selection != "none" and s.selected_from == 0
+        self.gates_learn = s.gates_from == 0
         pairs = 1
         if s.attention == "nsa":
             pairs = s.nsa.num_branch_kv - (s.selection == "none" and not s.nsa.shared_kv)
@@ -135,6 +139,13 @@ class SelfAttention(nn.Module):
             selected.copy_(window)
 
     @torch.no_grad()
+    def learn_gates(self) -> None:
+        """Let the gates learn, from one half on, if they have been held there so far."""
+        if not self.gates_learn:
+            self.gates_learn = True
+            self.gate_proj.weight.zero_()
+
+    @torch.no_grad()
     def copy_first_branch(self) -> None:
         """Copy the first branch's key and value projections to all branches."""
         by_branch = self.kv_proj.weight.view(self.kv_shape[0] // 2, -1)
@@ -147,6 +158,8 @@ class SelfAttention(nn.Module):
 
     def _gate_logits(self, x: torch.Tensor) -> torch.Tensor:
         logits = self.gate_proj(x).view(x.shape[0], self.num_gates, 3)
+        if not self.gates_learn:
+            logits = torch.zeros_like(logits)
         return logits if self.selected_is_open else without_selected(logits)
 
 
@@ -224,12 +237,15 @@ class Decoder(nn.Module):
             return F.linear(x.to(weight.dtype), weight) * self.settings.hidden_size**-0.5
 
     def enter_stage(self, number: int) -> None:
-        """Call it before stage ``number`` (0-based) of training: opens selected branches and makes attention sparse when due."""
+        """Call it before stage ``number`` (0-based) of training: makes attention sparse, opens selected branches and lets gates
+        learn, each when its stage has come."""
         for attention in self.attentions:
             if number >= self.settings.dense_until:
                 attention.become_sparse()
             if number >= self.settings.selected_from:
                 attention.open_selected()
+            if number >= self.settings.gates_from:
+                attention.learn_gates()
 
     @property
     def attentions(self) -> list[SelfAttention]:

@@ -19,7 +19,7 @@ _VERDICTS = {"shown": "**shown**", "refuted": "**refuted**: it is worse by more"
 # Pairs of arms to compare: an arm, and one that lacks a part of it or (dense_blocks) has a better one.
 _CONTROLS = (
     ("nsa", "window"), ("nsa", "compressed_window"), ("nsa", "random_blocks"), ("nsa", "dense_blocks"),
-    ("late_selection", "late_random"), ("from_full", "from_full_random"), ("slow_gates", "slow_gates_random"),
+    ("late_selection", "late_random"), ("held_gates", "held_gates_random"), ("from_full", "from_full_random"),
 )  # fmt: skip
 
 

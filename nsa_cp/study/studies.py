@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nsa_cp.config import NSAConfig, RotaryConfig
-from nsa_cp.study.arms import ARMS, DENSE_BLOCKS, SLOW_GATES_RANDOM, from_full_arms, late_arms
+from nsa_cp.study.arms import ARMS, DENSE_BLOCKS, from_full_arms, held_gates_arms, late_arms
 from nsa_cp.study.corpus import Corpus, build_corpus, installed_packages
 from nsa_cp.study.language import LanguageTask
 from nsa_cp.study.model import ModelSettings
@@ -177,8 +177,9 @@ def _language(scale: str, corpus: Corpus) -> Study:
         channels = hidden // 3 if mini else 16
         model = ModelSettings(hidden_size=hidden, kv_channels=channels, ffn_hidden_size=3 * hidden, nsa=_SMALL_NSA, **common)
         train = TrainSettings(warmup_steps=20, weight_decay=0.1, betas=(0.9, 0.95), eval_every=50, precision="float32")
-    claimed = ("nsa", "shared_kv", "slow_gates", "late_selection", "from_full")
-    arms = (*ARMS, SLOW_GATES_RANDOM, late_arms(1)[0], *from_full_arms(len(schedule) - 1), DENSE_BLOCKS)
+    claimed = ("nsa", "shared_kv", "slow_gates", "late_selection", "held_gates", "from_full")
+    last = len(schedule) - 1
+    arms = (*ARMS, late_arms(1)[0], *held_gates_arms(last), *from_full_arms(last), DENSE_BLOCKS)
     return Study(
         name="language", scale=scale, title="Language modelling on bytes of Python sources", task=task, model=model, train=train,
         arms=arms, lrs=(1e-3, 2e-3), seeds=(0, 1, 2), select_by="trailing_loss", select_highest=False,

@@ -13,7 +13,7 @@ from nsa_cp.attention import full_attention
 from nsa_cp.bench.inputs import HeadLayout, make_inputs
 from nsa_cp.config import NSAConfig, RotaryConfig
 from nsa_cp.ops import select_blocks
-from nsa_cp.study.arms import ARMS, DENSE_BLOCKS, from_full_arms, late_arms, model_of
+from nsa_cp.study.arms import ARMS, DENSE_BLOCKS, Arm, from_full_arms, held_gates_arms, late_arms, model_of
 from nsa_cp.study.model import Decoder, ModelSettings, _full_attention, count_parameters
 from nsa_cp.study.probe import attention_calls, dense_block_mass, gate_means, probe, save_selections
 from nsa_cp.study.random_blocks import random_blocks
@@ -171,6 +171,33 @@ def test_a_selected_branch_that_opens_late(name: str) -> None:
     model.enter_stage(3)
     if name != "late_shared_kv":
         assert all((each.kv_proj.weight.unflatten(0, (3, -1))[1] == 0).all() for each in model.attentions)
+
+
+@pytest.mark.parametrize("arm", held_gates_arms(1), ids=lambda arm: arm.name)
+def test_gates_that_are_held_at_one_half(arm: Arm) -> None:
+    """Held, the gates learn nothing and all else does; then they learn, from one half on, and are not reset again."""
+    model = Decoder(model_of(arm, BASE), seed=0)
+    tokens, layout = torch.arange(256) % 50, pack_layout(1, 256)
+    batch = Batch(tokens.numpy(), np.arange(256), np.zeros(256, np.int64))
+
+    def gates() -> list[torch.Tensor]:
+        return [call.gates for call in attention_calls(model, batch, layout, torch.float32)]
+
+    model.enter_stage(0)
+    assert all((each == 0.5).all() for each in gates())
+    model(tokens, layout).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == name.endswith("gate_proj.weight"), name
+    held = model(tokens, layout)
+    model.enter_stage(1)
+    assert torch.equal(model(tokens, layout), held)
+    model(tokens, layout).square().sum().backward()
+    for each in model.attentions:
+        assert each.gate_proj.weight.grad.any()
+        with torch.no_grad():
+            each.gate_proj.weight.fill_(0.1)
+    model.enter_stage(2)
+    assert not any((each == 0.5).all() for each in gates())
 
 
 def test_random_blocks_are_visible_distinct_and_keep_the_forced_ones() -> None:
