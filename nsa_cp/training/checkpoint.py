@@ -23,8 +23,9 @@ from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from nsa_cp.training.checksums import checksums
 from nsa_cp.training.config import RunConfig
-from nsa_cp.training.manifest import LATEST, MANIFEST, describe
+from nsa_cp.training.manifest import LATEST, MANIFEST, SHARDS, check_shards, describe, shards_with_checksum
 
 _TEMPORARY = ".incomplete-"
 # The only format of DistributedOptimizer's state that can be read with another data-parallel size.
@@ -69,9 +70,11 @@ def save_checkpoint(
     dist.barrier()
     with _signals_held_back():
         dist_checkpointing.save(_sharded_state(chunks, optimizer, with_rng=True), str(temporary))
+        # Each process reads what it has written itself: others may not see new files yet on network storage.
+        crc32 = checksums(temporary.glob(f"__{dist.get_rank()}_*{SHARDS}"))
         if dist.get_rank() == 0:
             done = {"step": step, "consumed_samples": consumed_samples, "fingerprint": fingerprint}
-            manifest = describe(temporary, config, **done, world_size=dist.get_world_size())
+            manifest = describe(temporary, config, **done, world_size=dist.get_world_size(), crc32=crc32)
             _publish(temporary, final, manifest, keep=config.train.keep_checkpoints)
         dist.barrier()
     return final
@@ -109,7 +112,12 @@ def load_checkpoint(path: Path, chunks: Sequence[torch.nn.Module], optimizer: An
         chunks: this process's model chunks, not wrapped.
         optimizer: Megatron's optimizer, or None for the weights alone.
         manifest: what ``read_manifest`` returned for ``path``.
+
+    Raises:
+        UserError: a file of weights has other content than was written.
     """
+    shards = [path / name for name in shards_with_checksum(manifest)]
+    check_shards(path, manifest, checksums(shards[dist.get_rank() :: dist.get_world_size()]))
     same_world = manifest["parallel"]["world_size"] == dist.get_world_size()
     if optimizer is not None:
         _give_adam_its_state(optimizer)

@@ -1,7 +1,7 @@
 """The manifest of a checkpoint, and the checks whether a run may resume from it, evaluate it, or begin with its weights.
 
 The manifest is a JSON file in the checkpoint's folder: the settings that the weights' shapes depend on, how far training had
-come, the size of every file, and hashes of the small ones. All functions here are local and only read.
+come, the size of every file, and a hash or a checksum. All functions here are local and only read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LATEST = "latest"
 CHECKPOINTS = "checkpoints"
 _FORMAT, _VERSION = "nsa_cp checkpoint", 1
 _STATES = {True: "closed", False: "open"}
-_SHARDS = ".distcp"  # suffix of files with weights and optimizer state, too large to hash before loading
+SHARDS = ".distcp"  # suffix of files with weights and optimizer state, too large for one process to read them all
 
 
 class _Damaged(UserError):
@@ -30,7 +30,14 @@ class _Damaged(UserError):
 
 
 def describe(
-    path: Path, config: RunConfig, *, step: int, consumed_samples: int, fingerprint: str, world_size: int
+    path: Path,
+    config: RunConfig,
+    *,
+    step: int,
+    consumed_samples: int,
+    fingerprint: str,
+    world_size: int,
+    crc32: dict[str, int | None],
 ) -> dict[str, Any]:
     """The manifest to write into ``path``, a checkpoint whose other files are complete.
 
@@ -41,6 +48,7 @@ def describe(
         consumed_samples: training sequences used so far, which is the position in the data.
         fingerprint: of the data.
         world_size: number of processes that wrote it.
+        crc32: checksums of its shards.
     """
     files = sorted(item for item in path.rglob("*") if item.is_file())
     return {
@@ -58,7 +66,8 @@ def describe(
         "fingerprint": fingerprint,
         "settings": _settings(config),
         "files": {str(item.relative_to(path)): item.stat().st_size for item in files},
-        "sha256": {str(item.relative_to(path)): _sha256(item) for item in files if item.suffix != _SHARDS},
+        "sha256": {str(item.relative_to(path)): _sha256(item) for item in files if item.suffix != SHARDS},
+        "crc32": crc32,
     }
 
 
@@ -98,20 +107,48 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises:
         UserError: not a checkpoint of this trainer; or one of its files is missing, has the wrong size or (small files only) has
             other content than was written. The message then names an older complete checkpoint beside it, if there is one.
+            (For the large files see ``check_shards``.)
     """
     try:
         return _read(path)
     except _Damaged as error:
-        raise UserError(f"{error}; use another checkpoint{_complete_before(path)}") from error
+        raise UserError(f"{error}{_remedy(path)}") from error
 
 
-def _complete_before(path: Path) -> str:
-    """Text for an error message that names the newest complete checkpoint older than ``path`` in its folder; "" if none is."""
+def shards_with_checksum(manifest: dict[str, Any]) -> list[str]:
+    """Names of a checkpoint's large files whose checksum is known; none in checkpoints of earlier versions."""
+    return sorted(manifest.get("crc32", {}))
+
+
+def check_shards(path: Path, manifest: dict[str, Any], found: dict[str, int | None]) -> None:
+    """Check the content of a checkpoint's large files.
+
+    Args:
+        path, manifest: the checkpoint and what ``read_manifest`` returned for it.
+        found: checksums of its shards now.
+
+    Raises:
+        UserError: a file has other content than was written.
+    """
+    for name in shards_with_checksum(manifest):
+        if found[name] is None or found[name] != manifest["crc32"][name]:
+            raise UserError(f"{_other_content(path, manifest, name)}{_remedy(path)}")
+
+
+def _other_content(path: Path, manifest: dict[str, Any], name: str) -> str:
+    return f"checkpoint {path} is damaged: the {manifest['files'][name]} bytes of {name} are not those that were written"
+
+
+def _remedy(path: Path) -> str:
+    """The end of an error message about a damaged checkpoint; names the newest older one in its folder that has all its files."""
     for older in sorted((item for item in path.parent.glob("step_*") if item.name < path.name), reverse=True):
         with contextlib.suppress(UserError):
             _read(older)
-            return f"; {older.name} beside it is complete (--resume takes the one that {path.parent / LATEST} names)"
-    return ""
+            return (
+                f"; use another checkpoint; {older.name} beside it is complete "
+                f"(--resume takes the one that {path.parent / LATEST} names)"
+            )
+    return "; use another checkpoint"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -141,7 +178,7 @@ def _read(path: Path) -> dict[str, Any]:
             raise _Damaged(f"checkpoint {path} is truncated: {name} {what} where {size} bytes were written")
         written = manifest.get("sha256", {}).get(name)  # none in checkpoints of earlier versions
         if written is not None and _sha256(part) != written:
-            raise _Damaged(f"checkpoint {path} is damaged: the {size} bytes of {name} are not those that were written")
+            raise _Damaged(_other_content(path, manifest, name))
     return manifest
 
 

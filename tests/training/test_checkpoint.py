@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be used are refused in one sentence, before anything is read into a model, and nothing is touched."""
+"""Checkpoints that cannot be used are refused in one sentence, before a model or anything on disk is touched."""
 
 from __future__ import annotations
 
@@ -72,13 +72,41 @@ def test_a_damaged_file(run: RunConfig, name: str) -> None:
     refuse(run, f"is damaged: the {len(content)} bytes of {name} are not those that were written; use another checkpoint$")
 
 
-def test_a_checkpoint_without_hashes_is_accepted(run: RunConfig) -> None:
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_damaged_weights(run: RunConfig, workers: Callable[[int], DistributedPool], world_size: int) -> None:
+    """One bit of a large file: seen when it is read, by all processes, before anything on disk changes."""
+    path = find_latest(run.run_dir / "checkpoints")
+    shards = _shards_with_checksum(path)
+    assert len(shards) > 1
+    content = (path / shards[-1]).read_bytes()
+    middle = len(content) // 2
+    (path / shards[-1]).write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    longer = tiny_config(run.runs_dir, "train.steps=3", "train.global_batch_size=1", f"parallel.tensor={world_size}")
+    before = snapshot(run.run_dir)
+    said = f"is damaged: the {len(content)} bytes of {shards[-1]} are not those that were written; use another checkpoint$"
+    with pytest.raises(UserError, match=said):
+        workers(world_size).run(train_here, longer, resume=True)
+    assert snapshot(run.run_dir) == before
+    (path / shards[-1]).write_bytes(content)
+    workers(world_size).run(train_here, longer, resume=True)
+    assert len(_shards_with_checksum(path.parent / "step_00000003")) > world_size
+
+
+def _shards_with_checksum(checkpoint: Path) -> list[str]:
+    """The large files of a checkpoint, each of which has a checksum."""
+    shards = sorted(file.name for file in checkpoint.glob("*.distcp"))
+    assert shards == sorted(json.loads((checkpoint / MANIFEST).read_text())["crc32"])
+    return shards
+
+
+def test_a_checkpoint_without_hashes_is_accepted(run: RunConfig, workers: Callable[[int], DistributedPool]) -> None:
     """Earlier versions wrote none."""
     file = find_latest(run.run_dir / "checkpoints") / MANIFEST
     content = json.loads(file.read_text())
-    del content["sha256"]
+    del content["sha256"], content["crc32"]
     file.write_text(json.dumps(content))
     assert prepare(run, resume=True).checkpoint is not None
+    workers(1).run(train_here, tiny_config(run.runs_dir, "train.steps=3", "train.global_batch_size=1"), resume=True)
 
 
 def test_the_older_checkpoint_that_is_complete_is_named(run: RunConfig) -> None:
