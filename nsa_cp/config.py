@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 Compressor = Literal["mlp", "linear", "mean"]
@@ -16,6 +15,7 @@ CompressedComm = Literal["ring", "all_gather"]
 Backend = Literal["auto", "torch", "triton"]
 
 LARGEST_SIZE = 2**31 - 1  # kernels hold token offsets as int32
+_TEMPERATURES = (1e-3, 1e3)  # beyond, quotients of logits overflow or vanish in 16 bits
 # Smallest value allowed for each size.
 _LEAST = {
     "compress_block_size": 1,
@@ -45,16 +45,16 @@ class NSAConfig:
         compressed_rope: ``after``: compress unrotated keys, then rotate each compressed key at its first token's position;
             ``before``: compress keys that are already rotated.
         gate: ``head``: one gate per token, query head and branch; ``branch``: one per token and branch, shared by all heads.
-        gate_temperature: the gates are ``sigmoid(logits / gate_temperature)``. Adam moves all logits at about the same speed, so
-            with 10 the gates learn ten times as slowly and branches that are still useless are not closed in the first steps.
+        gate_temperature: the gates are ``sigmoid(logits / gate_temperature)``; 1 is the paper's. Above 1 they learn more slowly
+            (what is known of that: docs/training.md, Gates that learn slowly). A float; integers are converted.
         layout: how a sequence is split over context-parallel ranks, see ``SequenceLayout.build``.
         compressed_comm: how compressed keys and values reach every rank: in one ``all_gather``, hidden behind the window
             branch, or around a ``ring``, the compressed branch attending to each shard as it arrives.
         backend: ``triton`` (CUDA), ``torch`` (anywhere), or ``auto``: Triton where it runs.
 
     Raises:
-        ValueError: a size that is not an integer or is out of range, an unknown choice, or a combination that the method does
-            not define; the message gives the numbers and the remedy.
+        ValueError: a size that is not an integer or is out of range, a temperature that is not a number or is out of range, an
+            unknown choice, or a combination that the method does not define; the message gives the numbers and the remedy.
     """
 
     compress_block_size: int = 32
@@ -76,6 +76,8 @@ class NSAConfig:
     def __post_init__(self) -> None:
         for name, fault in number_faults(self):
             raise ValueError(f"{name} = {fault}")
+        # Equal settings must have equal texts, which ranks and studies compare.
+        object.__setattr__(self, "gate_temperature", float(self.gate_temperature))
         _check_choice("compressor", self.compressor, Compressor)
         _check_choice("compressed_rope", self.compressed_rope, CompressedRope)
         _check_choice("gate", self.gate, GateGranularity)
@@ -150,8 +152,9 @@ def _size_fault(value: Any, least: int) -> str | None:
 
 
 def _temperature_fault(value: Any) -> str | None:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
-        return f"{value!r} is not a positive finite number; use 1.0 for the paper's gates"
+    low, high = _TEMPERATURES
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        return f"{value!r} is not a number from {low} to {high}; use 1.0 for the paper's gates"
     return None
 
 

@@ -81,7 +81,7 @@ class SelfAttention(nn.Module):
         s = self.settings = settings
         self.is_dense = s.attention == "nsa" and s.dense_until > 0
         self.selected_is_open = s.selection != "none" and s.selected_from == 0
-        self.gates_learn = s.gates_from == 0
+        self.gates_learn = s.attention != "nsa" or s.gates_from == 0
         pairs = 1
         if s.attention == "nsa":
             pairs = s.nsa.num_branch_kv - (s.selection == "none" and not s.nsa.shared_kv)

@@ -13,6 +13,9 @@ from nsa_cp.study.task import Task
 
 # Raise it when a change of code makes the same settings give other results: runs of older code are then made again.
 REVISION = 2
+# Settings that were added after runs had been made, with the values that change nothing: they are left out then, so that those
+# runs keep their identifiers.
+_ADDED = {"gates_from": 0, "gate_temperature": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,5 +70,13 @@ class RunSettings:
         return repr((m.attention, m.selection, heads, m.kv_channels, m.nsa, self.train.precision))
 
     def as_dict(self) -> dict[str, Any]:
-        """All settings as JSON values."""
-        return asdict(self)
+        """All settings as JSON values, but for those of ``_ADDED`` that change nothing."""
+        return _without_neutral(asdict(self))
+
+
+def _without_neutral(settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_neutral(value) if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if key not in _ADDED or value != _ADDED[key]
+    }

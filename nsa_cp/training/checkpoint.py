@@ -23,9 +23,9 @@ from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from nsa_cp.training.checksums import checksums
 from nsa_cp.training.config import RunConfig
-from nsa_cp.training.manifest import LATEST, MANIFEST, SHARDS, check_shards, describe, shards_with_checksum
+from nsa_cp.training.manifest import LATEST, MANIFEST, SHARDS, describe
+from nsa_cp.training.shards import read_back
 
 _TEMPORARY = ".incomplete-"
 # The only format of DistributedOptimizer's state that can be read with another data-parallel size.
@@ -60,6 +60,9 @@ def save_checkpoint(
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        UserError: what was written cannot be read back; ``latest`` names the checkpoint before.
     """
     final, temporary = folder / checkpoint_name(step), folder / (_TEMPORARY + checkpoint_name(step))
     if dist.get_rank() == 0:
@@ -70,11 +73,10 @@ def save_checkpoint(
     dist.barrier()
     with _signals_held_back():
         dist_checkpointing.save(_sharded_state(chunks, optimizer, with_rng=True), str(temporary))
-        # Each process reads what it has written itself: others may not see new files yet on network storage.
-        crc32 = checksums(temporary.glob(f"__{dist.get_rank()}_*{SHARDS}"))
+        shards = read_back(temporary.glob(f"__{dist.get_rank()}_*{SHARDS}"))
         if dist.get_rank() == 0:
             done = {"step": step, "consumed_samples": consumed_samples, "fingerprint": fingerprint}
-            manifest = describe(temporary, config, **done, world_size=dist.get_world_size(), crc32=crc32)
+            manifest = describe(temporary, config, shards, **done, world_size=dist.get_world_size())
             _publish(temporary, final, manifest, keep=config.train.keep_checkpoints)
         dist.barrier()
     return final
@@ -108,16 +110,11 @@ def load_checkpoint(path: Path, chunks: Sequence[torch.nn.Module], optimizer: An
     only on as many processes as wrote them.
 
     Args:
-        path: the checkpoint's folder.
+        path: the checkpoint's folder; ``check_shards`` has been asked about it.
         chunks: this process's model chunks, not wrapped.
         optimizer: Megatron's optimizer, or None for the weights alone.
         manifest: what ``read_manifest`` returned for ``path``.
-
-    Raises:
-        UserError: a file of weights has other content than was written.
     """
-    shards = [path / name for name in shards_with_checksum(manifest)]
-    check_shards(path, manifest, checksums(shards[dist.get_rank() :: dist.get_world_size()]))
     same_world = manifest["parallel"]["world_size"] == dist.get_world_size()
     if optimizer is not None:
         _give_adam_its_state(optimizer)

@@ -22,6 +22,7 @@ from nsa_cp.training.manifest import changed_settings, check_compatible, find_la
 from nsa_cp.training.metrics import Reporter
 from nsa_cp.training.plan import Plan, prepare
 from nsa_cp.training.setup import Trainer, build_trainer, close_processes, init_processes
+from nsa_cp.training.shards import check_shards
 from nsa_cp.training.signals import StopRequest
 from nsa_cp.training.step import Progress, train_step
 from nsa_cp.training.summary import finish
@@ -68,11 +69,14 @@ def _quieten() -> None:
 def _run(plan: Plan, *, overwrite: bool) -> dict[str, Any] | None:
     config, folder, first = plan.config, plan.folder, plan.launch.rank == 0
     _check_same_data(plan)
+    if plan.checkpoint is not None:
+        _check_checkpoint(*plan.checkpoint, f"in {folder.checkpoints}; begin again once all processes see the newest")
+    if plan.initial is not None:
+        _check_checkpoint(*plan.initial, f"in train.init_from = {config.train.init_from}; give one checkpoint's folder")
     trainer = build_trainer(config, plan.device)
     progress = Progress()
     if plan.checkpoint is not None:
         path, manifest = plan.checkpoint
-        _check_same_checkpoint(path, f"in {path.parent}; begin again once all processes see the newest")
         load_checkpoint(path, trainer.chunks, trainer.optimizer, manifest=manifest)
         progress = Progress(manifest["step"], manifest["consumed_samples"], saved_step=manifest["step"])
     _close_selected_until_due(trainer, progress.step)
@@ -114,12 +118,7 @@ def _run(plan: Plan, *, overwrite: bool) -> dict[str, Any] | None:
 
 
 def _take_weights(trainer: Trainer, path: Path, manifest: dict[str, Any]) -> None:
-    """Begin with a checkpoint's weights, converting its dense layers to this run's kinds of attention. Collective.
-
-    Raises:
-        UserError: processes have found different checkpoints, because the run that writes them is still going on.
-    """
-    _check_same_checkpoint(path, f"in train.init_from = {trainer.config.train.init_from}; give one checkpoint's folder")
+    """Begin with a checkpoint's weights, converting its dense layers to this run's kinds of attention. Collective."""
     config, kinds = trainer.config, manifest["model"]["layer_pattern"]
     if kinds == list(config.layer_kinds):
         load_checkpoint(path, trainer.chunks, None, manifest=manifest)
@@ -145,8 +144,14 @@ def _check_all_found(what: str, mine: str, place_and_remedy: str) -> None:
         raise UserError(f"processes found different {what}, {' and '.join(sorted(set(found)))}, {place_and_remedy}")
 
 
-def _check_same_checkpoint(path: Path, place_and_remedy: str) -> None:
+def _check_checkpoint(path: Path, manifest: dict[str, Any], place_and_remedy: str) -> None:
+    """Check that all processes have found the same checkpoint, and what its large files hold. Collective.
+
+    Raises:
+        UserError: they have not (the run that writes checkpoints there may be going on), or it is damaged.
+    """
     _check_all_found("newest checkpoints", path.name, place_and_remedy)
+    check_shards(path, manifest)
 
 
 def _check_same_data(plan: Plan) -> None:
@@ -238,7 +243,7 @@ def evaluate(config: RunConfig, checkpoint: Path | None = None) -> dict[str, Any
 
     Returns:
         What ``nsa-cp eval`` prints: the checkpoint, its step, the validation loss (nats a token) and bits per byte, the entropy
-        of single tokens to compare with, and settings that differ from the checkpoint's, if any do.
+        of single tokens to compare with, and settings and data that differ from the checkpoint's, if any do.
 
     Raises:
         UserError: no usable checkpoint, or bad settings.
@@ -248,8 +253,8 @@ def evaluate(config: RunConfig, checkpoint: Path | None = None) -> dict[str, Any
     manifest = read_manifest(path)
     check_compatible(manifest, plan.config, path, to_resume=False)
     with processes(plan):
-        _check_same_checkpoint(path, f"in {path.parent}; name one")
         _check_same_data(plan)
+        _check_checkpoint(path, manifest, f"in {path.parent}; name one")
         trainer = build_trainer(plan.config, plan.device, for_training=False)
         load_checkpoint(path, trainer.chunks, None, manifest=manifest)
         _close_selected_until_due(trainer, manifest["step"])

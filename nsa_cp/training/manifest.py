@@ -11,9 +11,9 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from nsa_cp.training.config import RunConfig, TrainSection, differences
+from nsa_cp.training.config import ModelSection, NSASection, RunConfig, TrainSection, differences
 from nsa_cp.training.errors import UserError
 from nsa_cp.training.files import expanded
 
@@ -22,7 +22,14 @@ LATEST = "latest"
 CHECKPOINTS = "checkpoints"
 _FORMAT, _VERSION = "nsa_cp checkpoint", 1
 _STATES = {True: "closed", False: "open"}
-SHARDS = ".distcp"  # suffix of files with weights and optimizer state, too large for one process to read them all
+SHARDS = ".distcp"  # suffix of files with weights and optimizer state, too large for one process to read (``shards.py``)
+
+
+class Shard(NamedTuple):
+    """A shard's size in bytes and its CRC-32."""
+
+    size: int
+    crc32: int
 
 
 class _Damaged(UserError):
@@ -32,25 +39,26 @@ class _Damaged(UserError):
 def describe(
     path: Path,
     config: RunConfig,
+    shards: dict[str, Shard],
     *,
     step: int,
     consumed_samples: int,
     fingerprint: str,
     world_size: int,
-    crc32: dict[str, int | None],
 ) -> dict[str, Any]:
     """The manifest to write into ``path``, a checkpoint whose other files are complete.
 
     Args:
         path: the checkpoint's folder.
         config: the run.
+        shards: by name.
         step: optimizer steps done.
         consumed_samples: training sequences used so far, which is the position in the data.
         fingerprint: of the data.
         world_size: number of processes that wrote it.
-        crc32: checksums of its shards.
     """
-    files = sorted(item for item in path.rglob("*") if item.is_file())
+    assert {item.name for item in path.glob("*" + SHARDS)} <= shards.keys()
+    small = {str(item.relative_to(path)): item for item in sorted(path.rglob("*")) if item.is_file() and item.suffix != SHARDS}
     return {
         "format": _FORMAT,
         "version": _VERSION,
@@ -65,9 +73,9 @@ def describe(
         "data": config.data.model_dump(mode="json"),
         "fingerprint": fingerprint,
         "settings": _settings(config),
-        "files": {str(item.relative_to(path)): item.stat().st_size for item in files},
-        "sha256": {str(item.relative_to(path)): _sha256(item) for item in files if item.suffix != SHARDS},
-        "crc32": crc32,
+        "files": {name: item.stat().st_size for name, item in small.items()} | {name: x.size for name, x in shards.items()},
+        "sha256": {name: _sha256(item) for name, item in small.items()},
+        "crc32": {name: shard.crc32 for name, shard in shards.items()},
     }
 
 
@@ -102,53 +110,31 @@ def find_latest(folder: Path) -> Path:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Read a checkpoint's manifest and check that all its files are complete.
+    """Read a checkpoint's manifest and check that all its files are there. What shards hold, ``check_shards`` tells.
 
     Raises:
         UserError: not a checkpoint of this trainer; or one of its files is missing, has the wrong size or (small files only) has
             other content than was written. The message then names an older complete checkpoint beside it, if there is one.
-            (For the large files see ``check_shards``.)
     """
     try:
         return _read(path)
     except _Damaged as error:
-        raise UserError(f"{error}{_remedy(path)}") from error
+        raise UserError(f"{error}; {_remedy(path)}") from error
 
 
-def shards_with_checksum(manifest: dict[str, Any]) -> list[str]:
-    """Names of a checkpoint's large files whose checksum is known; none in checkpoints of earlier versions."""
-    return sorted(manifest.get("crc32", {}))
-
-
-def check_shards(path: Path, manifest: dict[str, Any], found: dict[str, int | None]) -> None:
-    """Check the content of a checkpoint's large files.
-
-    Args:
-        path, manifest: the checkpoint and what ``read_manifest`` returned for it.
-        found: checksums of its shards now.
-
-    Raises:
-        UserError: a file has other content than was written.
-    """
-    for name in shards_with_checksum(manifest):
-        if found[name] is None or found[name] != manifest["crc32"][name]:
-            raise UserError(f"{_other_content(path, manifest, name)}{_remedy(path)}")
-
-
-def _other_content(path: Path, manifest: dict[str, Any], name: str) -> str:
-    return f"checkpoint {path} is damaged: the {manifest['files'][name]} bytes of {name} are not those that were written"
+def damaged(path: Path, fault: str) -> UserError:
+    """The error that says what is wrong with the checkpoint ``path``, and what to do."""
+    return UserError(f"checkpoint {path} is damaged: {fault}; {_remedy(path)}")
 
 
 def _remedy(path: Path) -> str:
-    """The end of an error message about a damaged checkpoint; names the newest older one in its folder that has all its files."""
+    """The end of an error message about a checkpoint: names the newest older one in its folder that has all its files."""
     for older in sorted((item for item in path.parent.glob("step_*") if item.name < path.name), reverse=True):
         with contextlib.suppress(UserError):
             _read(older)
-            return (
-                f"; use another checkpoint; {older.name} beside it is complete "
-                f"(--resume takes the one that {path.parent / LATEST} names)"
-            )
-    return "; use another checkpoint"
+            latest = path.parent / LATEST
+            return f"use another checkpoint; {older.name} beside it has all its files (--resume takes the one that {latest} names)"
+    return "use another checkpoint"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -178,7 +164,7 @@ def _read(path: Path) -> dict[str, Any]:
             raise _Damaged(f"checkpoint {path} is truncated: {name} {what} where {size} bytes were written")
         written = manifest.get("sha256", {}).get(name)  # none in checkpoints of earlier versions
         if written is not None and _sha256(part) != written:
-            raise _Damaged(_other_content(path, manifest, name))
+            raise _Damaged(f"checkpoint {path} is damaged: {name} does not hold the bytes that were written")
     return manifest
 
 
@@ -214,9 +200,11 @@ def check_compatible(manifest: dict[str, Any], config: RunConfig, path: Path, *,
 def changed_settings(manifest: dict[str, Any], config: RunConfig) -> list[str]:
     """Settings of the model and its attention in which a run differs from the one that wrote a checkpoint, each with both values.
 
-    Empty for old checkpoints, which do not record them.
+    Empty for old checkpoints, which do not record them. A setting that did not exist then had what is its default now.
     """
-    return list(differences(manifest.get("settings") or _settings(config), _settings(config)))
+    now = _settings(config)
+    saved = manifest.get("settings") or now
+    return list(differences({name: {**_DEFAULTS[name], **saved[name]} for name in now}, now))
 
 
 def find_initial(init_from: str, run_dir: Path) -> Path:
@@ -309,6 +297,9 @@ def _check_selected_branch(manifest: dict[str, Any], config: RunConfig, path: Pa
 
 def _was_closed(manifest: dict[str, Any]) -> bool:
     return TrainSection(selected_from_step=manifest.get("selected_from_step", 0)).selected_is_closed(manifest["step"])
+
+
+_DEFAULTS = {"model": ModelSection().model_dump(mode="json"), "nsa": NSASection().model_dump(mode="json")}
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

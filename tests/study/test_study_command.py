@@ -51,7 +51,7 @@ def sign_is_right(line: str, made: list[dict]) -> bool:
 @pytest.mark.parametrize("name", ["mqar", "passkey", "language"])
 def test_a_study_from_the_first_run_to_the_page(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = ["--text", str(packages(tmp_path / "site"))] if name == "language" else []
-    names = (*ARMS, "dense_blocks") if name == "language" else ARMS
+    names = (*ARMS, "dense_blocks", "held_gates") if name == "language" else ARMS
     options = ["--lrs", "0.004", "--seeds", "2", *text, "--only", f"arm={','.join(names)}"]
     assert study(name, *options) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("complete: ")
@@ -60,6 +60,12 @@ def test_a_study_from_the_first_run_to_the_page(name: str, tmp_path: Path, capsy
     assert study(name, *options) == 0 and len(records(name)) == len(made)
     nsa = next(record for record in made if record["arm"] == "nsa")
     assert len(nsa["attention"]["gates"]) == (1 if name == "mqar" else 2) and nsa["curve"][-1]["step"] == nsa["steps"]
+    for held in (record for record in made if record["arm"] == "held_gates"):
+        # In all stages but the last.
+        for point in held["curve"]:
+            halves = {gate == 0.5 for layer in point["gates"] for gate in layer}
+            assert halves == {True} if point["stage"] == 0 else halves != {True}, point
+        assert {point["stage"] for point in held["curve"]} == {0, 1}
     saved = torch.load(f"runs/study/{name}_selections.pt", weights_only=True)
     assert saved["origin"]["run"] == nsa["run"]
 
@@ -68,7 +74,7 @@ def test_a_study_from_the_first_run_to_the_page(name: str, tmp_path: Path, capsy
     assert all(f"| {arm} |" in page for arm in names) and "## Claims" in page
     assert all(sign_is_right(line, made) for line in page.splitlines() if line.startswith("| ") and " minus " in line)
     assert "| nsa minus window |" in page
-    assert page.count("against `full`: difference") == (2 if name == "passkey" else 1)
+    assert page.count("against `full`: difference") == (1 if name == "mqar" else 2)
     rows = list(csv.DictReader(Path(f"pages/{name}.csv").open()))
     assert len(rows) == len(made) and {row["arm"] for row in rows} == set(names) and rows[0]["test.loss"]
     plots = {path.name for path in Path("pages").glob("*.png")}

@@ -9,13 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from training_harness import snapshot, tiny_config, train_here
+from training_harness import evaluate_here, snapshot, tiny_config, train_here
 
 from nsa_cp.testing import DistributedPool
 from nsa_cp.training.config import RunConfig
 from nsa_cp.training.errors import UserError
-from nsa_cp.training.manifest import MANIFEST, check_compatible, find_latest, read_manifest
+from nsa_cp.training.manifest import MANIFEST, changed_settings, check_compatible, find_latest, read_manifest
 from nsa_cp.training.plan import prepare
+from nsa_cp.training.shards import check_shards
 
 pytestmark = pytest.mark.distributed
 
@@ -69,7 +70,7 @@ def test_a_damaged_file(run: RunConfig, name: str) -> None:
     file = find_latest(run.run_dir / "checkpoints") / name
     content = file.read_bytes()
     file.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
-    refuse(run, f"is damaged: the {len(content)} bytes of {name} are not those that were written; use another checkpoint$")
+    refuse(run, f"is damaged: {name} does not hold the bytes that were written; use another checkpoint$")
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -81,15 +82,29 @@ def test_damaged_weights(run: RunConfig, workers: Callable[[int], DistributedPoo
     content = (path / shards[-1]).read_bytes()
     middle = len(content) // 2
     (path / shards[-1]).write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
-    longer = tiny_config(run.runs_dir, "train.steps=3", "train.global_batch_size=1", f"parallel.tensor={world_size}")
+    settings = ("train.steps=3", "train.global_batch_size=1", f"parallel.tensor={world_size}")
+    longer = tiny_config(run.runs_dir, *settings)
+    new = tiny_config(run.runs_dir, *settings, "name=new", f"train.init_from={run.run_dir}")
     before = snapshot(run.run_dir)
-    said = f"is damaged: the {len(content)} bytes of {shards[-1]} are not those that were written; use another checkpoint$"
-    with pytest.raises(UserError, match=said):
-        workers(world_size).run(train_here, longer, resume=True)
-    assert snapshot(run.run_dir) == before
+    said = f"step_00000002 is damaged: {shards[-1]} does not hold the bytes that were written; use another checkpoint$"
+    for attempt, *arguments in ((train_here, longer, True), (train_here, new), (evaluate_here, longer, 2)):
+        with pytest.raises(UserError, match=said) as caught:
+            workers(world_size).run(attempt, *arguments)
+        assert world_size == 1 or "1 other ranks failed too" in str(caught.value.__cause__)
+    assert snapshot(run.run_dir) == before and not new.run_dir.exists()
     (path / shards[-1]).write_bytes(content)
-    workers(world_size).run(train_here, longer, resume=True)
+    workers(world_size).run(train_here, longer, True)
     assert len(_shards_with_checksum(path.parent / "step_00000003")) > world_size
+
+
+def test_weights_that_cannot_be_read(tmp_path: Path, workers: Callable[[int], DistributedPool]) -> None:
+    (tmp_path / "__0_0.distcp").mkdir()
+    with pytest.raises(UserError, match=r"is damaged: __0_0.distcp cannot be read \(Is a directory\); use another checkpoint$"):
+        workers(1).run(_check_shards_here, tmp_path, {"crc32": {"__0_0.distcp": 7}})
+
+
+def _check_shards_here(rank: int, world_size: int, path: Path, manifest: dict) -> None:
+    check_shards(path, manifest)
 
 
 def _shards_with_checksum(checkpoint: Path) -> list[str]:
@@ -100,11 +115,15 @@ def _shards_with_checksum(checkpoint: Path) -> list[str]:
 
 
 def test_a_checkpoint_without_hashes_is_accepted(run: RunConfig, workers: Callable[[int], DistributedPool]) -> None:
-    """Earlier versions wrote none."""
+    """Earlier versions wrote neither hashes nor checksums."""
     file = find_latest(run.run_dir / "checkpoints") / MANIFEST
     content = json.loads(file.read_text())
     del content["sha256"], content["crc32"]
     file.write_text(json.dumps(content))
+    del content["settings"]["nsa"]["gate_temperature"]  # nor this setting
+    file.write_text(json.dumps(content))
+    assert changed_settings(content, run) == []
+    assert changed_settings(content, changed(run, "nsa.gate_temperature=2")) == ["nsa.gate_temperature: 1.0 -> 2.0"]
     assert prepare(run, resume=True).checkpoint is not None
     workers(1).run(train_here, tiny_config(run.runs_dir, "train.steps=3", "train.global_batch_size=1"), resume=True)
 
@@ -114,7 +133,7 @@ def test_the_older_checkpoint_that_is_complete_is_named(run: RunConfig) -> None:
     for name in ("step_00000001", "step_00000000", "step_00000003"):
         shutil.copytree(find_latest(folder), folder / name)
     (find_latest(folder) / "common.pt").unlink()
-    remedy = r"beside it is complete \(--resume takes the one that .*checkpoints/latest names\)$"
+    remedy = r"beside it has all its files \(--resume takes the one that .*checkpoints/latest names\)$"
     refuse(run, f"step_00000002 is truncated: common.pt is missing .*; use another checkpoint; step_00000001 {remedy}")
     (folder / "step_00000001" / ".metadata").write_bytes(b"")
     refuse(run, f"step_00000002 is truncated: common.pt is missing .*; use another checkpoint; step_00000000 {remedy}")

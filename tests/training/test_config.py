@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -68,10 +69,12 @@ def test_sizes_of_the_attention_are_whole_numbers(size: dict, fault: str) -> Non
     assert NSAConfig(window_size=np.int64(256)) == NSAConfig(window_size=256)
 
 
-@pytest.mark.parametrize("temperature", [0, -1.0, float("nan"), float("inf"), True, "10"])
+@pytest.mark.parametrize("temperature", [0, -1.0, float("nan"), float("inf"), 1e-4, 2000, True, "10", Fraction(3, 2)])
 def test_the_gates_temperature_is_a_positive_number(temperature: object) -> None:
-    with pytest.raises(ValueError, match=f"^gate_temperature = {temperature!r} is not a positive finite number; use 1.0"):
+    said = f"gate_temperature = {temperature!r} is not a number from 0.001 to 1000.0; use 1.0"
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}"):
         NSAConfig(gate_temperature=temperature)
+    assert repr(NSAConfig(gate_temperature=10)) == repr(NSAConfig(gate_temperature=10.0))
 
 
 def test_numbers_written_as_yaml_strings_are_coerced() -> None:
@@ -166,7 +169,7 @@ REFUSED = {
         "2 is not divisible by parallel.tensor = 4; use 4",
     ),
     "l below 1": (["nsa.compress_stride=0"], "nsa.compress_stride", "0 must be at least 1"),
-    "temperature": (["nsa.gate_temperature=-2"], "nsa.gate_temperature", "-2.0 is not a positive finite number; use 1.0"),
+    "temperature": (["nsa.gate_temperature=-2"], "nsa.gate_temperature", "-2.0 is not a number from 0.001"),
     "l' not a multiple of d": (["nsa.select_block_size=72"], "nsa.select_block_size", "72.*compress_stride = 16; use 80"),
     "zigzag length": (
         ["parallel.context=8", "data.sequence_length=2056"],

@@ -133,8 +133,8 @@ def test_a_signal_to_one_process_stops_all_with_a_checkpoint(tmp_path: Path, wor
     assert (config.run_dir / "summary.json").exists()
 
 
-def train_with_failing_save(rank: int, world_size: int, config: RunConfig) -> None:
-    """Train; the second checkpoint fails half way, as on a full disk."""
+def train_with_failing_save(rank: int, world_size: int, config: RunConfig, written: bool) -> None:
+    """Train; the second checkpoint fails half way, as on a full disk, or is ``written`` and then gone on the last process."""
     original = checkpoint.dist_checkpointing.save
     calls = 0
 
@@ -142,8 +142,14 @@ def train_with_failing_save(rank: int, world_size: int, config: RunConfig) -> No
         nonlocal calls
         calls += 1
         original(state, path)
-        if calls == 2:
+        if calls < 2:
+            return
+        if not written:
             raise OSError(28, "No space left on device")
+        if rank == world_size - 1:
+            file = next(Path(path).glob(f"__{rank}_*"))
+            file.unlink()
+            file.symlink_to("nowhere")
 
     checkpoint.dist_checkpointing.save = failing
     try:
@@ -152,15 +158,25 @@ def train_with_failing_save(rank: int, world_size: int, config: RunConfig) -> No
         checkpoint.dist_checkpointing.save = original
 
 
-def test_a_crash_while_saving_leaves_the_checkpoint_before(tmp_path: Path, workers: Workers) -> None:
-    config = tiny_config(tmp_path)
-    with pytest.raises(OSError, match="No space left"):
-        workers(1).run(train_with_failing_save, config)
+@pytest.mark.parametrize(
+    ("world_size", "error", "said"),
+    [
+        (1, OSError, "No space left"),
+        (2, UserError, r"could not be read back: .*No such file.*; the one before is kept: go on with --resume"),
+    ],
+)
+def test_a_crash_while_saving_leaves_the_checkpoint_before(
+    tmp_path: Path, workers: Workers, world_size: int, error: type[Exception], said: str
+) -> None:
+    config = tiny_config(tmp_path, f"parallel.context={world_size}")
+    with pytest.raises(error, match=said) as caught:
+        workers(world_size).run(train_with_failing_save, config, error is UserError)
+    assert world_size == 1 or "1 other ranks failed too" in str(caught.value.__cause__)
     folder = config.run_dir / "checkpoints"
     assert find_latest(folder).name == "step_00000002"
     read_manifest(find_latest(folder))
     assert [item.name for item in folder.glob(".incomplete-*")] == [".incomplete-step_00000004"]
-    workers(1).run(train_here, config, resume=True)
+    workers(world_size).run(train_here, config, resume=True)
     assert sorted(item.name for item in folder.iterdir()) == ["latest", "step_00000002", "step_00000004"]
 
 
