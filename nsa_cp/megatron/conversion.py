@@ -14,9 +14,10 @@ from nsa_cp.config import RotaryConfig
 from nsa_cp.megatron.config import FIXED_FIELDS
 from nsa_cp.megatron.self_attention import NSASelfAttention
 
-# Settings on which the meaning of the weights depends: _EQUAL must be equal in both models; those in _ACCEPTED must have, in the
-# dense model, the only value that NSA layers accept (FIXED_FIELDS).
+# Settings on which the meaning of the weights depends: _EQUAL must be equal in both models, _EQUAL_IN_NSA in layers that are nsa
+# in both; those in _ACCEPTED must have, in the dense model, the only value that NSA layers accept (FIXED_FIELDS).
 _EQUAL = ("num_attention_heads", "num_query_groups", "kv_channels", "layernorm_epsilon", "activation_func")
+_EQUAL_IN_NSA = ("compressed_rope", "gate_temperature")
 _ACCEPTED = {
     "multi_latent_attention", "attention_output_gate", "qk_layernorm", "qk_l2_norm", "softmax_scale", "softmax_type",
     "window_size", "no_rope_freq", "rotary_interleaved", "layernorm_zero_centered_gamma", "normalization",
@@ -125,6 +126,12 @@ def _check_settings(chunk: Module, dense: Module) -> None:
     attention = _first_attention(chunk)
     if attention is None:
         return
+    sparse = _nsa_layers(chunk)
+    for path in sparse.keys() & (trained := _nsa_layers(dense)).keys():
+        for name in _EQUAL_IN_NSA:
+            own, other = getattr(sparse[path].settings.nsa, name), getattr(trained[path].settings.nsa, name)
+            if own != other:
+                raise ValueError(f"{name} = {own!r} in {path}, and {other!r} in the dense model; {_BUILD_ALIKE}")
     own, other = (None if rotary is None else rotary.percent for rotary in (attention.settings.rotary, _rotary(dense)))
     if own != other:
         raise ValueError(f"rotary percent = {own}, and {other} in the dense model (None: no rotation); {_BUILD_ALIKE}")

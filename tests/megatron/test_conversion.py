@@ -179,8 +179,10 @@ def test_only_branches_that_are_open_count(workers: Workers, sparse: Model, gate
         (DENSE.with_extra(add_qkv_bias=False), "the dense model has no .*linear_qkv.bias; build both"),
         (DENSE.with_extra(add_bias_linear=True), "the dense model has .*bias, for which this one has no place"),
         (replace(DENSE, num_layers=3), "the dense model has no decoder.layers.3"),
+        (SPARSE.with_nsa(gate_temperature=2), r"gate_temperature = 1.0 in decoder.layers.\d.*, and 2.0 in the dense"),
+        (SPARSE.with_nsa(compressed_rope="before"), r"compressed_rope = 'after' in decoder.layers.\d.*, and 'before' in"),
     ],
-    ids=["width", "heads", "rotation", "value-width", "bias", "more-biases", "layers"],
+    ids=["width", "heads", "rotation", "value-width", "bias", "more-biases", "layers", "gates", "rope"],
 )
 def test_models_that_do_not_fit_are_refused_and_left_alone(workers: Workers, dense: Model, message: str) -> None:
     ((found, told),) = workers(1).run(_converted, SPARSE, dense)
