@@ -84,8 +84,8 @@ def native_sparse_attention(
         q: [T, N, Dk], unrotated.
         k, v: tensors [T, G, Dk] (unrotated) and [T, G, Dv], one per branch in the order compressed, selected, window; with
             ``config.shared_kv`` a single one.
-        gates: [T, N or 1, 3], branches in the same order, after the sigmoid (``config.gate_temperature`` is not read); must not be
-            negative (gradients would be NaN).
+        gates: [T, N or 1, 3], branches in the same order, after the sigmoid (``config.gate_temperature`` is not read here); must
+            not be negative (gradients would be NaN).
         k_weights, v_weights: the compressors' weights as ``nsa_cp.ops.compression.compress`` takes them.
         cu_seqlens: document borders as host integers 0, ..., T, for a single process; None is one document. Ignored when
             ``layout`` is given.

@@ -132,8 +132,8 @@ def _remedy(path: Path) -> str:
     for older in sorted((item for item in path.parent.glob("step_*") if item.name < path.name), reverse=True):
         with contextlib.suppress(UserError):
             _read(older)
-            latest = path.parent / LATEST
-            return f"use another checkpoint; {older.name} beside it has all its files (--resume takes the one that {latest} names)"
+            pointer = path.parent / LATEST
+            return f"use another checkpoint; {older.name} beside it has all its files (--resume takes the one {pointer} names)"
     return "use another checkpoint"
 
 

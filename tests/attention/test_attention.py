@@ -107,9 +107,7 @@ def test_a_rank_without_rows_takes_part(workers, name: str) -> None:
     assert sorted(lengths) == [0, 2] and all(finite)
 
 
-def _module(
-    group: dist.ProcessGroup | None = None, config: NSAConfig = CONFIG, **changes: object
-) -> NativeSparseAttention:
+def _module(group: dist.ProcessGroup | None = None, config: NSAConfig = CONFIG, **changes: object) -> NativeSparseAttention:
     generator = torch.Generator().manual_seed(3)
     return NativeSparseAttention(
         config, num_attention_heads=4, num_query_groups=2, qk_dim=16, v_dim=12, rotary=ROTARY, cp_group=group,

@@ -133,7 +133,7 @@ def test_the_older_checkpoint_that_is_complete_is_named(run: RunConfig) -> None:
     for name in ("step_00000001", "step_00000000", "step_00000003"):
         shutil.copytree(find_latest(folder), folder / name)
     (find_latest(folder) / "common.pt").unlink()
-    remedy = r"beside it has all its files \(--resume takes the one that .*checkpoints/latest names\)$"
+    remedy = r"beside it has all its files \(--resume takes the one .*checkpoints/latest names\)$"
     refuse(run, f"step_00000002 is truncated: common.pt is missing .*; use another checkpoint; step_00000001 {remedy}")
     (folder / "step_00000001" / ".metadata").write_bytes(b"")
     refuse(run, f"step_00000002 is truncated: common.pt is missing .*; use another checkpoint; step_00000000 {remedy}")
