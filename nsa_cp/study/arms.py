@@ -101,13 +101,20 @@ def late_arms(stage: int) -> tuple[Arm, ...]:
             tests_default=True,
         ),
         Arm(
+            name="late_slow_gates",
+            description="the same with gates of a tenth of the logits",
+            model=late,
+            nsa={"gate_temperature": 10.0},
+            tests_default=True,
+        ),
+        Arm(
             name="late_shared_kv",
-            description="the same with one K/V for all branches",
+            description="closed in the first stages, one K/V for all branches",
             model=late,
             nsa={"shared_kv": True},
             tests_default=True,
         ),
-        Arm(name="late_random", description="the first of these two with random blocks", model={**late, "selection": "random"}),
+        Arm(name="late_random", description="closed in the first stages, random blocks", model={**late, "selection": "random"}),
     )
 
 

@@ -32,7 +32,7 @@ _TEXT_BYTES = {"full": 96 << 20, "mini": 16 << 20, "tiny": 1 << 20}
 # Validation accuracies at which a stage of training ends early: a stage that leads up to the main ones, and a main stage.
 _WELL_ENOUGH, _ALL_RIGHT = 0.95, 0.999
 # Arms for which the claim is that recall is at most one percentage point worse than full attention's.
-_CLAIMED = ("nsa", "late_selection", "late_shared_kv")
+_CLAIMED = ("nsa", "late_selection", "late_slow_gates", "late_shared_kv")
 # A quarter of the channels rotate; the others compare tokens alike at any distance.
 _ROTARY = RotaryConfig(percent=0.25)
 
@@ -177,9 +177,9 @@ def _language(scale: str, corpus: Corpus) -> Study:
         channels = hidden // 3 if mini else 16
         model = ModelSettings(hidden_size=hidden, kv_channels=channels, ffn_hidden_size=3 * hidden, nsa=_SMALL_NSA, **common)
         train = TrainSettings(warmup_steps=20, weight_decay=0.1, betas=(0.9, 0.95), eval_every=50, precision="float32")
-    claimed = ("nsa", "shared_kv", "slow_gates", "late_selection", "held_gates", "from_full")
+    claimed = ("nsa", "shared_kv", "slow_gates", "late_selection", "late_slow_gates", "held_gates", "from_full")
     last = len(schedule) - 1
-    arms = (*ARMS, late_arms(1)[0], *held_gates_arms(last), *from_full_arms(last), DENSE_BLOCKS)
+    arms = (*ARMS, *late_arms(1)[:2], *held_gates_arms(last), *from_full_arms(last), DENSE_BLOCKS)
     return Study(
         name="language", scale=scale, title="Language modelling on bytes of Python sources", task=task, model=model, train=train,
         arms=arms, lrs=(1e-3, 2e-3), seeds=(0, 1, 2), select_by="trailing_loss", select_highest=False,
