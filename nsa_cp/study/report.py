@@ -148,17 +148,25 @@ def _claims(study: Study, results: dict[str, ArmResult]) -> Iterator[str]:
     yield "## Claims"
     yield ""
     for claim in study.claims:
+        if claim.arm not in results:
+            continue
         bound = f"{claim.margin:.1%} of it" if claim.relative else f"{100 * claim.margin:g} points"
         yield f"- `{claim.metric}` of `{claim.arm}` is no worse than full attention's by more than {bound}:"
         for rival in ("full", "full_params"):
-            yield f"  - against `{rival}`: {_judged(claim, results.get(claim.arm), results.get(rival))}"
+            yield f"  - against `{rival}`: {_judged(claim, results[claim.arm], results.get(rival))}"
     yield ""
+    missing = dict.fromkeys(claim.arm for claim in study.claims if claim.arm not in results)
+    if missing:
+        yield f"Claims about arms without runs: {', '.join(f'`{name}`' for name in missing)}."
+        yield ""
 
 
-def _judged(claim: Claim, ours: ArmResult | None, theirs: ArmResult | None) -> str:
-    interval = difference(ours, theirs, claim.metric) if ours and theirs else None
+def _judged(claim: Claim, ours: ArmResult, theirs: ArmResult | None) -> str:
+    interval = difference(ours, theirs, claim.metric) if theirs else None
     if interval is None or theirs is None:
         return "not measured"
+    if interval.count == 1:
+        return f"difference {_with_interval(interval, claim.metric)}; open"
     reference = theirs.mean(claim.metric)
     margin = claim.margin * (reference.mean if claim.relative and reference else 1.0)
     outcome = _VERDICTS[verdict(interval, margin, claim.higher_is_better)]
@@ -166,15 +174,17 @@ def _judged(claim: Claim, ours: ArmResult | None, theirs: ArmResult | None) -> s
 
 
 def _controls(study: Study, results: dict[str, ArmResult]) -> Iterator[str]:
-    yield "## What each part is for"
-    yield ""
-    yield "An arm minus one that lacks a part of it (dense_blocks: that chooses better), paired by seed."
-    yield ""
-    yield from _differences(study, results, _CONTROLS)
+    pairs = [pair for pair in _CONTROLS if results.keys() >= set(pair)]
+    if pairs:
+        yield "## What each part is for"
+        yield ""
+        yield "An arm minus one that lacks a part of it (dense_blocks: that chooses better), paired by seed."
+        yield ""
+        yield from _differences(study, results, pairs)
 
 
 def _defaults(study: Study, results: dict[str, ArmResult]) -> Iterator[str]:
-    pairs = [(arm.name, "nsa") for arm in study.arms if arm.tests_default and arm.name in results]
+    pairs = [(arm.name, "nsa") for arm in study.arms if arm.tests_default and results.keys() >= {arm.name, "nsa"}]
     if pairs:
         yield "## Defaults"
         yield ""
@@ -186,11 +196,9 @@ def _defaults(study: Study, results: dict[str, ArmResult]) -> Iterator[str]:
 def _differences(study: Study, results: dict[str, ArmResult], pairs: Sequence[tuple[str, str]]) -> Iterator[str]:
     yield f"| | {' | '.join(study.metrics)} |"
     yield "|---" * (1 + len(study.metrics)) + "|"
-    for names in pairs:
-        pair = [results[name] for name in names if name in results]
-        if len(pair) == 2:
-            cells = [_with_interval(difference(*pair, metric), metric) for metric in study.metrics]
-            yield f"| {' minus '.join(names)} | {' | '.join(cells)} |"
+    for ours, theirs in pairs:
+        cells = [_with_interval(difference(results[ours], results[theirs], metric), metric) for metric in study.metrics]
+        yield f"| {ours} minus {theirs} | {' | '.join(cells)} |"
     yield ""
 
 

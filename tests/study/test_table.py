@@ -163,9 +163,10 @@ def test_runs_wait_while_another_compiles_their_kernels(tmp_path: Path) -> None:
     assert again.settings == started[2].settings and not again.use_graph and started[0].use_graph
 
 
+@pytest.mark.parametrize("folder", ["learning", "learning/fresh_seeds"])
 @pytest.mark.parametrize("name", ["mqar", "passkey"])
-def test_the_published_runs_are_of_todays_table(name: str) -> None:
+def test_the_published_runs_are_of_todays_table(name: str, folder: str) -> None:
     """A change of an arm or of the settings orphans them: make them again, or take them out."""
-    path = Path(__file__).parents[2] / "docs" / "learning" / f"{name}.jsonl"
+    path = Path(__file__).parents[2] / "docs" / folder / f"{name}.jsonl"
     table, records = build_study(name, "full"), RunStore(path).load().values()
     assert records and all(record["run"] == table.run(record["arm"], record["lr"], record["seed"]).run_id for record in records)
