@@ -129,7 +129,7 @@ def _arms_table(study: Study, results: dict[str, ArmResult]) -> Iterator[str]:
     metrics = study.metrics
     yield "## By arm"
     yield ""
-    yield "Test figures at each arm's best learning rate: mean over seeds [95% interval]."
+    yield "Test figures at the learning rate that validated best of those run: mean over seeds [95% interval]."
     yield ""
     yield f"| arm | | parameters | rate | seeds | {' | '.join(metrics)} | steps | seconds |"
     yield "|---" * (7 + len(metrics)) + "|"
