@@ -94,7 +94,7 @@ class NativeSparseAttention(nn.Module):
             forward.
 
     Raises:
-        ValueError: heads not a multiple of groups.
+        ValueError: heads not a multiple of groups, or heads without channels.
     """
 
     def __init__(
@@ -116,6 +116,8 @@ class NativeSparseAttention(nn.Module):
             raise ValueError(
                 f"num_attention_heads = {num_attention_heads} is not a positive multiple of num_query_groups = {num_query_groups}"
             )
+        if qk_dim < 1 or (v_dim is not None and v_dim < 1):
+            raise ValueError(f"qk_dim = {qk_dim}, v_dim = {v_dim}: a head needs at least 1 channel of each")
         self.num_attention_heads, self.num_query_groups = num_attention_heads, num_query_groups
         self.qk_dim, self.v_dim = qk_dim, qk_dim if v_dim is None else v_dim
         self.config, self.rotary, self.cp_group = config, rotary, cp_group
@@ -152,6 +154,8 @@ class NativeSparseAttention(nn.Module):
         Raises:
             ValueError: inputs that do not fit together or do not fit the layout, or ranks that disagree.
         """
+        if layout is None:
+            raise ValueError("layout is None; one sequence of S tokens on one process is SequenceLayout.build(S)")
         if q.dim() == 3 and q.shape[1] != self.num_attention_heads:
             raise ValueError(
                 f"q has {q.shape[1]} heads; this module was made for num_attention_heads = {self.num_attention_heads}"
@@ -238,8 +242,11 @@ def full_attention(
         for rows, (_, document, seen) in zip(q.split([count for count, _, _ in runs]), runs, strict=True)
     ]
     agreement.confirm()
-    # The empty slice of v keeps a rank without rows in the graph: it must take part in the backward's reduce-scatter.
-    return torch.cat([*outs, v[:0].repeat_interleave(q.shape[1] // k.shape[1], 1)])
+    if not outs:
+        # A rank without rows stays in the graph: it must take part in the backward's reduce-scatter, and in those of the caller's
+        # weights.
+        return v[:0].repeat_interleave(q.shape[1] // k.shape[1], 1) + q.sum(-1, keepdim=True)
+    return torch.cat(outs)
 
 
 @torch.compiler.disable

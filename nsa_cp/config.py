@@ -167,17 +167,20 @@ class RotaryConfig:
         percent: fraction of each head's channels that rotate, counted from the first; the rest pass through.
 
     Raises:
-        ValueError: base not positive, or percent outside (0, 1].
+        ValueError: base not a positive number, or percent outside (0, 1].
     """
 
     base: float = 10000.0
     percent: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.base <= 0:
-            raise ValueError(f"rotary base = {self.base} must be positive")
+        if not 0 < self.base < float("inf"):
+            raise ValueError(f"rotary base = {self.base} must be positive and finite")
         if not 0 < self.percent <= 1:
             raise ValueError(f"rotary percent = {self.percent} must lie in (0, 1]")
+        # Equal settings must have equal texts, which ranks and studies compare.
+        object.__setattr__(self, "base", float(self.base))
+        object.__setattr__(self, "percent", float(self.percent))
 
     def dim(self, qk_dim: int) -> int:
         """Number of rotated channels in a head of width ``qk_dim``: ``percent`` of it, rounded down to an even number."""

@@ -35,3 +35,8 @@ def exact_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
 def _autocast_off(arguments: tuple[Any, ...]) -> torch.autocast:
     device = next((x.device.type for x in arguments if isinstance(x, torch.Tensor)), "cpu")
     return torch.autocast(device, enabled=False)
+
+
+# Decorates what makes index tensors that are kept for later calls. Made under torch.inference_mode (evaluation before or between
+# steps of training) they would otherwise be tensors that no backward may save.
+makes_kept_tensors = torch.inference_mode(False)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from nsa_cp.context_parallel import transfer
+from nsa_cp.context_parallel.autograd import makes_kept_tensors
 from nsa_cp.context_parallel.group import group_rank, group_size
 from nsa_cp.context_parallel.runs import find_runs, join_runs, slices_from
 from nsa_cp.context_parallel.transfer import PeerExchange, Transfer, unpack
@@ -30,6 +31,7 @@ class RowPartition:
         slot: instead of many runs, the place of each row in the shards of all ranks laid end to end, int64 [M]; else None.
     """
 
+    @makes_kept_tensors
     def __init__(self, owner: np.ndarray, cp_size: int) -> None:
         self.num_rows = len(owner)
         self.cp_size = cp_size
@@ -45,6 +47,7 @@ class RowPartition:
         self.slot = torch.from_numpy(slot) if self.runs is None else None
         self._slices = None if self.runs is None else [slices_from(self.runs, rank) for rank in range(cp_size)]
 
+    @makes_kept_tensors
     def to(self, device: torch.device) -> RowPartition:
         """Move the index tensor to ``device`` in place."""
         self.slot = None if self.slot is None else self.slot.to(device)

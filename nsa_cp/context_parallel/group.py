@@ -18,7 +18,7 @@ def group_rank(group: dist.ProcessGroup | None) -> int:
 
 
 def check_group(layout: SequenceLayout, group: dist.ProcessGroup | None) -> None:
-    """Check that the layout is cut for as many ranks as the group has.
+    """Check that the layout is cut for as many ranks as the group has, and describes this one's rows.
 
     Raises:
         ValueError: with both numbers.
@@ -26,4 +26,9 @@ def check_group(layout: SequenceLayout, group: dist.ProcessGroup | None) -> None
     if layout.cp_size != group_size(group):
         raise ValueError(
             f"the layout is cut for {layout.cp_size} ranks, the process group has {group_size(group)}; build it for the group"
+        )
+    if layout.cp_rank != group_rank(group):
+        raise ValueError(
+            f"the layout describes rank {layout.cp_rank}, this process is rank {group_rank(group)} of the group; build it with "
+            f"cp_rank = {group_rank(group)}"
         )

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from nsa_cp.context_parallel.autograd import makes_kept_tensors
 from nsa_cp.context_parallel.layout import SequenceLayout
 from nsa_cp.context_parallel.runs import find_runs, join_runs, slices_from
 from nsa_cp.context_parallel.transfer import PeerExchange
@@ -30,6 +31,7 @@ class HaloRows:
         send: for each rank the local rows it needs from here, int64.
     """
 
+    @makes_kept_tensors
     def __init__(self, layout: SequenceLayout, depth: int) -> None:
         rank, self.cp_size, self.depth = layout.cp_rank, layout.cp_size, depth
         needed = layout.halo_rows(rank, depth)
@@ -48,6 +50,7 @@ class HaloRows:
         )
         self._within: dict[int, torch.Tensor] = {}
 
+    @makes_kept_tensors
     def to(self, device: torch.device) -> HaloRows:
         """Move the index tensors to ``device`` in place."""
         self.order = None if self.order is None else self.order.to(device)
@@ -59,6 +62,7 @@ class HaloRows:
         """Whether this rank neither sends nor receives anything."""
         return self.num_received == 0 and all(len(index) == 0 for index in self.send)
 
+    @makes_kept_tensors
     def within(self, deeper: HaloRows) -> torch.Tensor:
         """Indices of this halo's received rows among those of a deeper halo of the same layout, int64."""
         if deeper.depth not in self._within:

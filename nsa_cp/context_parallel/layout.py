@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
+from operator import index
 
 import numpy as np
 import torch
@@ -66,11 +68,11 @@ class SequenceLayout:
                 may lie on any of the ranks.
 
         Raises:
-            ValueError: borders that do not start at 0 or descend; a rank outside cp_size; an unknown kind.
+            ValueError: borders that are not whole numbers, do not start at 0 or descend; a rank outside cp_size; an unknown
+                kind.
         """
         borders = _borders(cu_seqlens)
-        if not 0 <= cp_rank < cp_size:
-            raise ValueError(f"cp_rank = {cp_rank} lies outside cp_size = {cp_size}; pass a rank in 0..{cp_size - 1}")
+        _check_rank(cp_rank, cp_size)
         if kind not in ("zigzag", "contiguous"):
             raise ValueError(f"layout kind {kind!r} is unknown; use 'zigzag' or 'contiguous'")
         spans = zip(borders[:-1], borders[1:], strict=True) if per_document else [(0, borders[-1])]
@@ -90,9 +92,10 @@ class SequenceLayout:
         """A layout from explicit chunks of any lengths: ``chunks[rank] = [(start, end), ...]`` in global rows.
 
         Raises:
-            ValueError: chunks that overlap or leave rows out; borders that do not start at 0 or descend.
+            ValueError: chunks that overlap or leave rows out; borders that do not start at 0 or descend; a rank without chunks.
         """
         borders = _borders(cu_seqlens)
+        _check_rank(cp_rank, len(chunks))
         ordered = sorted(chunk for rank_chunks in chunks for chunk in rank_chunks if chunk[0] < chunk[1])
         covered = 0
         for start, end in ordered:
@@ -202,12 +205,19 @@ def expand_ranges(starts: Sequence[int] | np.ndarray, ends: Sequence[int] | np.n
     return np.arange(lengths.sum(), dtype=np.int64) + np.repeat(first - offsets, lengths)
 
 
+def _check_rank(cp_rank: int, cp_size: int) -> None:
+    if not 0 <= cp_rank < cp_size:
+        raise ValueError(f"cp_rank = {cp_rank} lies outside cp_size = {cp_size}; pass a rank in 0..{cp_size - 1}")
+
+
 def _borders(cu_seqlens: Sequence[int] | torch.Tensor | int) -> tuple[int, ...]:
-    if isinstance(cu_seqlens, int):
-        cu_seqlens = (0, cu_seqlens)
     if isinstance(cu_seqlens, torch.Tensor):
         cu_seqlens = cu_seqlens.tolist()
-    borders = tuple(int(border) for border in cu_seqlens)
+    given = (0, cu_seqlens) if isinstance(cu_seqlens, (Integral, float)) else tuple(cu_seqlens)
+    try:
+        borders = tuple(index(border) for border in given)
+    except TypeError:
+        raise ValueError(f"cu_seqlens = {given[:4]}... are not whole numbers; give token counts as integers") from None
     if len(borders) < 2 or borders[0] != 0:
         raise ValueError(f"cu_seqlens = {borders[:4]}... must hold at least two borders and start at 0")
     for left, right in zip(borders[:-1], borders[1:], strict=True):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from nsa_cp.config import NSAConfig
+
 
 def check_rows(expected: int | None = None, **tensors: torch.Tensor) -> None:
     """Check that all tensors have ``expected`` rows, or if that is None as many as the first.
@@ -30,9 +32,24 @@ def check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None = None)
             raise ValueError(f"{name} has shape {tuple(x.shape)}; packed tensors are [tokens, heads, channels]")
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(f"{name} is {x.dtype} on {x.device}, q {q.dtype} on {q.device}; give all the same")
+    if not q.is_floating_point():
+        raise ValueError(f"q, k and v are {q.dtype}; give floating-point tensors")
     if q.shape[2] != k.shape[2]:
         raise ValueError(f"q has {q.shape[2]} channels and k {k.shape[2]}; they must be equal")
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} groups; use a multiple")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} groups; use a multiple of at least 1")
     if v is not None and v.shape[:2] != k.shape[:2]:
         raise ValueError(f"v {tuple(v.shape)} and k {tuple(k.shape)} must agree in rows and groups")
+
+
+def check_blocks(blocks: torch.Tensor, q: torch.Tensor, k: torch.Tensor, config: NSAConfig) -> None:
+    """Check that ``blocks`` is a choice of blocks, int32 [T, G, n], for the queries q [T, N, Dk] and the groups of k [M, G, Dk].
+
+    Raises:
+        ValueError: with what was given and what fits.
+    """
+    wanted = (q.shape[0], k.shape[1], config.num_selected_blocks)
+    if tuple(blocks.shape) != wanted or blocks.dtype != torch.int32 or blocks.device != q.device:
+        raise ValueError(
+            f"blocks are {blocks.dtype} {tuple(blocks.shape)} on {blocks.device}; give torch.int32 {wanted} on {q.device}"
+        )

@@ -11,6 +11,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from nsa_cp.context_parallel.autograd import makes_kept_tensors
+
 
 class Intervals:
     """Query row t sees key rows ``begin[t] .. end[t]`` (half open, possibly none) of a buffer of ``num_keys`` rows.
@@ -77,5 +79,6 @@ class Intervals:
             row = last
         return chunks
 
+    @makes_kept_tensors
     def _to_device(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values.astype(np.int32)).to(self.device, non_blocking=True)

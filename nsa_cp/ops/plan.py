@@ -13,6 +13,7 @@ import torch
 
 from nsa_cp.config import NSAConfig
 from nsa_cp.context_parallel import HaloRows, RowPartition, SequenceLayout
+from nsa_cp.context_parallel.autograd import makes_kept_tensors
 from nsa_cp.context_parallel.layout import expand_ranges
 from nsa_cp.ops.intervals import Intervals
 
@@ -48,6 +49,7 @@ class LayoutPlan:
         pairs = zip(edges[:-1], edges[1:], strict=True)
         return [(last - first, int(documents[first]), int(positions[last - 1]) + 1) for first, last in pairs]
 
+    @makes_kept_tensors
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(values).astype(np.int32)).to(self.device, non_blocking=True)
 
@@ -153,6 +155,7 @@ class NSAPlan(LayoutPlan):
         return tuple(Intervals.between(*self._compressed_range, rows, self.device) for rows in self.compressed_partition.rows)
 
     @cached_property
+    @makes_kept_tensors
     def shard_rows(self) -> tuple[torch.Tensor, ...]:
         """For each rank, the rows of the complete buffer that its shard fills, int64."""
         return tuple(torch.from_numpy(rows).to(self.device) for rows in self.compressed_partition.rows)
@@ -197,6 +200,7 @@ class NSAPlan(LayoutPlan):
         return int(self.block_counts.max(initial=0))
 
     @cached_property
+    @makes_kept_tensors
     def block_is_remote(self) -> torch.Tensor:
         """Whether a block has a row that another rank holds, bool [blocks of all documents]."""
         foreign = np.concatenate([[0], np.cumsum(self.layout.row_owner != self.layout.cp_rank)])

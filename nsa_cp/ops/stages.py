@@ -14,8 +14,8 @@ import torch
 from nsa_cp.config import Backend, NSAConfig, RotaryConfig
 from nsa_cp.context_parallel import SequenceLayout
 from nsa_cp.context_parallel.autograd import exact_backward, exact_forward
-from nsa_cp.ops.checks import check_heads, check_rows
-from nsa_cp.ops.compression import CompressorWeights, compress
+from nsa_cp.ops.checks import check_blocks, check_heads, check_rows
+from nsa_cp.ops.compression import CompressorWeights, check_compressor_weights, compress
 from nsa_cp.ops.dispatch import accumulator_dtype, resolve_backend
 from nsa_cp.ops.gating import combine_forward, gate_gradients, row_statistics, softmax_statistics
 from nsa_cp.ops.interval_attention import interval_attention_backward, interval_attention_forward
@@ -109,6 +109,10 @@ def compress_kv(
         ValueError: shapes that do not fit together, or a backend that cannot run here.
     """
     check_rows(k=k, v=v)
+    if k.dim() != 3 or v.dim() != 3 or k.shape[1] != v.shape[1]:
+        raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} must be [tokens, groups, channels] with equal groups")
+    check_compressor_weights("k_weights", k_weights, k, config)
+    check_compressor_weights("v_weights", v_weights, v, config)
     plan = _plan(k, config, cu_seqlens)
     resolved = resolve_backend(backend, k, v)
     k_cmp = compress(k, plan.compression_starts, k_weights, config, resolved)
@@ -168,6 +172,8 @@ def select_blocks(
     check_heads(q, k_cmp)
     plan = _plan(q, config, cu_seqlens)
     check_rows(k_cmp=k_cmp, expected=plan.compressed_intervals.num_keys)
+    if lse is not None and lse.shape != q.shape[:2]:
+        raise ValueError(f"lse {tuple(lse.shape)} does not fit {q.shape[0]} tokens of {q.shape[1]} heads; give that of q")
     # There are no values here, and the kernel that forms a missing lse picks its tiles by their width.
     v_dim = min(k_cmp.shape[-1], 128)
     return select_blocks_forward(q, k_cmp, lse, plan, resolve_backend(backend, q), v_dim)
@@ -196,7 +202,8 @@ def selected_attention(
         ValueError: shapes that do not fit together, or a backend that cannot run here.
     """
     check_heads(q, k, v)
-    check_rows(q=q, k=k, v=v, blocks=blocks)
+    check_rows(q=q, k=k, v=v)
+    check_blocks(blocks, q, k, config)
     return _SelectedAttention.apply(q, k, v, blocks, _plan(q, config, cu_seqlens), resolve_backend(backend, q, v))
 
 
@@ -240,6 +247,11 @@ def combine_branches(outs: Sequence[torch.Tensor], gates: torch.Tensor, backend:
         ValueError: gates that do not match the branches, or a backend that cannot run here.
     """
     check_rows(gates=gates, **{f"outs[{b}]": out for b, out in enumerate(outs)})
+    for b, out in enumerate(outs):
+        if out.dim() != 3 or out.shape != outs[0].shape:
+            raise ValueError(
+                f"outs[{b}] is {tuple(out.shape)}, outs[0] {tuple(outs[0].shape)}; give [tokens, heads, channels] alike"
+            )
     if gates.shape[1:] not in ((outs[0].shape[1], len(outs)), (1, len(outs))):
         raise ValueError(f"gates {tuple(gates.shape)} do not match {len(outs)} branches of {outs[0].shape[1]} heads")
     return _CombineBranches.apply(gates, resolve_backend(backend, outs[0]), *outs)

@@ -93,18 +93,43 @@ def test_dense_layers_equal_the_oracle_at_any_world_size(workers, world_size: in
         assert_close(join_shards(shards, layout), expected, rtol=1e-10, atol=1e-10, name=f"{name} {kind}")
 
 
-def _dense_with_empty_rank(rank: int, world_size: int, name: str) -> tuple[int, bool]:
+def _dense_with_empty_rank(rank: int, world_size: int, name: str) -> tuple[int, bool, list[bool]]:
     layout = SequenceLayout.build((0, 1, 2), cp_size=world_size, cp_rank=rank)
     *inputs, grad = map(layout.shard, _inputs(2))
     answers = _answers(DENSE[name][0], inputs, grad, layout, dist.group.WORLD)
-    return len(answers["out"]), all(bool(x.isfinite().all()) for x in answers.values())
+    # All three must be in the graph: the weights that made them take part in collectives of their own.
+    inputs = [x.requires_grad_() for x in inputs]
+    DENSE[name][0](*inputs, layout, dist.group.WORLD).backward(grad)
+    return len(answers["out"]), all(bool(x.isfinite().all()) for x in answers.values()), [x.grad is not None for x in inputs]
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", DENSE)
 def test_a_rank_without_rows_takes_part(workers, name: str) -> None:
-    lengths, finite = zip(*workers(2).run(_dense_with_empty_rank, name, timeout=60), strict=True)
+    lengths, finite, reached = zip(*workers(2).run(_dense_with_empty_rank, name, timeout=60), strict=True)
     assert sorted(lengths) == [0, 2] and all(finite)
+    assert reached == ([True] * 3,) * 2
+
+
+def _refused_rank(rank: int, world_size: int, name: str) -> str:
+    layout = SequenceLayout.build(64, cp_size=world_size, cp_rank=1 - rank)
+    inputs = [x[: layout.num_local_tokens] for x in _inputs(64)[:3]]
+    try:
+        if name == "nsa":
+            q, k, v, logits = _module_inputs(layout.num_local_tokens)
+            _module(dist.group.WORLD)(q, k, v, logits, layout)
+        else:
+            DENSE[name][0](*inputs, layout, dist.group.WORLD)
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", [*DENSE, "nsa"])
+def test_a_layout_of_another_rank_is_refused(workers, name: str) -> None:
+    for rank, message in enumerate(workers(2).run(_refused_rank, name, timeout=60)):
+        assert f"describes rank {1 - rank}, this process is rank {rank} of the group" in message
 
 
 def _module(group: dist.ProcessGroup | None = None, config: NSAConfig = CONFIG, **changes: object) -> NativeSparseAttention:
@@ -195,6 +220,9 @@ def test_gradients_reach_every_compressor_parameter() -> None:
     ("call", "message"),
     [
         (lambda: NativeSparseAttention(CONFIG, num_attention_heads=5, num_query_groups=2, qk_dim=8), "5 is not"),
+        (lambda: NativeSparseAttention(CONFIG, num_attention_heads=4, num_query_groups=2, qk_dim=0), "at least 1 channel"),
+        (lambda: _module()(*_module_inputs(24), None), r"layout is None; .*SequenceLayout.build\(S\)"),
+        (lambda: RotaryConfig(base=float("nan")), "rotary base = nan must be positive"),
         (lambda: window(*_inputs(20)[:3], SequenceLayout.build(24), None), "20 rows.* 24"),
         (lambda: full(*_inputs(24)[:3], SequenceLayout.build(48, cp_size=2), None), "cut for 2 ranks, the process group has 1"),
         (lambda: sliding_window_attention(*_inputs(8)[:3], SequenceLayout.build(8), window_size=0), "window_size = 0"),

@@ -95,6 +95,9 @@ def test_halo_rows_by_brute_force() -> None:
         ({"cu_seqlens": [1, 4]}, "start at 0"),
         ({"cu_seqlens": 8, "cp_size": 2, "cp_rank": 2}, "cp_rank = 2 lies outside cp_size = 2"),
         ({"cu_seqlens": 8, "kind": "spiral"}, "'spiral' is unknown"),
+        ({"cu_seqlens": [0, 2.7, 8]}, "not whole numbers"),
+        ({"cu_seqlens": torch.tensor([0.0, 8.0])}, "not whole numbers"),
+        ({"cu_seqlens": 8.0}, "not whole numbers"),
     ],
 )
 def test_refusals(arguments: dict, message: str) -> None:
@@ -107,6 +110,14 @@ def test_chunks_that_miss_or_repeat_rows_are_refused() -> None:
         SequenceLayout.from_chunks([0, 8], [[(0, 4)], [(5, 8)]])
     with pytest.raises(ValueError, match="cover 6 rows of 8"):
         SequenceLayout.from_chunks([0, 8], [[(0, 4)], [(4, 6)]])
+    for rank in (-1, 2):
+        with pytest.raises(ValueError, match=f"cp_rank = {rank} lies outside cp_size = 2"):
+            SequenceLayout.from_chunks([0, 8], [[(0, 4)], [(4, 8)]], cp_rank=rank)
+
+
+@pytest.mark.parametrize("length", [8, np.int64(8), torch.tensor(8), (0, np.int32(8)), torch.tensor([0, 8])])
+def test_borders_are_integers_of_any_kind(length: object) -> None:
+    assert SequenceLayout.build(length) == SequenceLayout.build(8)
 
 
 def _exchange_rows(rank: int, world_size: int, kind: str) -> None:

@@ -8,8 +8,11 @@ from unittest import mock
 import pytest
 import torch
 
+from nsa_cp import NativeSparseAttention, SequenceLayout
+from nsa_cp.attention import full_attention, sliding_window_attention
 from nsa_cp.config import NSAConfig, RotaryConfig
 from nsa_cp.kernels.selected_attention import by_block
+from nsa_cp.ops.plan import get_layout_plan, get_plan, get_window_plan
 from nsa_cp.testing import relative_error
 from nsa_cp.testing.cases import make_problem, solve
 
@@ -50,3 +53,29 @@ def test_whole_method(compressor: str, bulk: bool, device: str, monkeypatch: pyt
         if name != "blocks":
             assert relative_error(actual[name], value) < 5e-6, name
     assert passes.call_count == (0 if bulk else 2)
+
+
+@pytest.mark.parametrize("kind", ["nsa", "window", "full"])
+def test_training_goes_on_after_evaluation_in_inference_mode(kind: str, device: str) -> None:
+    """What the first call with a layout keeps for later ones must serve a backward, too."""
+    for plans in (get_plan, get_layout_plan, get_window_plan):
+        plans.cache_clear()
+    layout, rotary = SequenceLayout.build((0, 3, 32)), RotaryConfig()
+    module = NativeSparseAttention(
+        replace(CONFIG, backend="triton"), num_attention_heads=2, num_query_groups=1, qk_dim=16, rotary=rotary, device=device
+    )
+    q, k, logits = (torch.randn(32, *shape, device=device) for shape in ((2, 16), (1, 16), (2, 3)))
+
+    def attend() -> torch.Tensor:
+        if kind == "nsa":
+            return module(q, [k] * 3, [k] * 3, logits, layout)
+        if kind == "window":
+            return sliding_window_attention(q, k, k, layout, window_size=5, rotary=rotary, backend="triton")
+        return full_attention(q, k, k, layout, rotary=rotary)
+
+    with torch.inference_mode():
+        expected = attend()
+    q.requires_grad_(), k.requires_grad_()
+    out = attend()
+    out.sum().backward()
+    assert torch.equal(out, expected) and q.grad.isfinite().all() and k.grad.abs().sum() > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -288,3 +289,40 @@ def test_inputs_that_do_not_fit_are_refused(change, message: str) -> None:  # no
     problem = change(make_problem(SMALL, PACKED))
     with pytest.raises(ValueError, match=message):
         solve(problem)
+
+
+_STAGE_CONFIG = NSAConfig(
+    compress_block_size=8, compress_stride=4, select_block_size=8, num_selected_blocks=3, num_local_blocks=1, compressor="linear"
+)
+
+
+def _stage_inputs(num_tokens: int = 24) -> dict[str, Any]:
+    """Inputs of every stage: 4 heads in 2 groups of 16 channels."""
+    torch.manual_seed(5)
+    make = lambda heads: torch.randn(num_tokens, heads, 16)  # noqa: E731
+    weights = initial_compressor_weights(_STAGE_CONFIG, 2, 16)
+    q, k, v, out = make(4), make(2), make(2), make(4)
+    k_cmp, _ = compress_kv(k, v, weights, weights, _STAGE_CONFIG)
+    blocks = select_blocks(q, k_cmp, _STAGE_CONFIG)
+    return {"q": q, "k": k, "v": v, "out": out, "k_cmp": k_cmp, "w": weights, "blocks": blocks}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: selected_attention(x["q"], x["k"], x["v"], x["blocks"][:, :1], _STAGE_CONFIG), r"\(24, 1, 3\).*\(24, 2, 3\)"),
+        (lambda x: selected_attention(x["q"], x["k"], x["v"], x["blocks"][..., 0], _STAGE_CONFIG), r"\(24, 2\).*\(24, 2, 3\)"),
+        (lambda x: selected_attention(x["q"], x["k"], x["v"], x["blocks"].long(), _STAGE_CONFIG), "int64.*give torch.int32"),
+        (lambda x: select_blocks(x["q"], x["k_cmp"], _STAGE_CONFIG, lse=torch.zeros(24, 1)), r"lse \(24, 1\).* 24 tokens of 4"),
+        (lambda x: compress_kv(x["k"], x["v"], (), x["w"], _STAGE_CONFIG), "k_weights of shapes"),
+        (lambda x: compress_kv(x["k"], x["v"], x["w"], tuple(w[:1] for w in x["w"]), _STAGE_CONFIG), "v_weights of shapes"),
+        (lambda x: compress_kv(x["k"], x["v"][:, :1], x["w"], x["w"], _STAGE_CONFIG), "with equal groups"),
+        (lambda x: combine_branches([x["out"], x["out"][..., :1]], torch.rand(24, 4, 2)), r"outs\[1\] is \(24, 4, 1\)"),
+        (lambda x: combine_branches([x["out"], x["out"][:, :1]], torch.rand(24, 4, 2)), r"outs\[1\] is \(24, 1, 16\)"),
+        (lambda x: window_attention(*(x[n].long() for n in "qkv"), _STAGE_CONFIG), "int64; give floating-point"),
+        (lambda x: window_attention(x["q"], x["k"][:, :0], x["v"][:, :0], _STAGE_CONFIG), "4 query heads .* 0 groups"),
+    ],
+)  # fmt: skip
+def test_stages_refuse_what_does_not_fit(call, message: str) -> None:  # noqa: ANN001
+    with pytest.raises(ValueError, match=message):
+        call(_stage_inputs())
