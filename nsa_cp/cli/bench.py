@@ -97,7 +97,7 @@ def _attention(arguments: argparse.Namespace) -> int:
     if arguments.csv and rows:
         plots = plot_attention(arguments.csv, arguments.csv.parent)
         print(f"wrote {', '.join(map(str, [arguments.csv, *plots]))}")
-    return 0
+    return 0 if rows else 1
 
 
 def _line(row: Row, work: dict[tuple[str, str], Work]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -13,6 +14,16 @@ from typing import NoReturn
 from nsa_cp.cli import bench, study
 from nsa_cp.cli.arguments import place
 from nsa_cp.training.errors import UserError
+
+_ANOTHER_PATH = "choose another path, or give this user the right to it"
+_ROOM = "make room, and go on with --resume"
+# What the file system may refuse without a fault of the program.
+_REMEDIES = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EROFS), _ANOTHER_PATH),
+    errno.ENAMETOOLONG: "choose a shorter one",
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,8 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(arguments.run(arguments) or 0)
     except UserError as error:
         message = str(error)
-    except (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError) as error:
-        message = f"{error.filename}: {error.strerror}; choose another path, or give this user the right to it"
+    except OSError as error:
+        if error.errno not in _REMEDIES:
+            raise
+        message = f"{error.filename or 'a file'}: {error.strerror}; {_REMEDIES[error.errno]}"
     if _speaks():
         print(f"nsa-cp: {message}", file=sys.stderr, flush=True)
     return 2
@@ -142,7 +155,9 @@ def _prepare_device(wanted: str) -> None:
 
 def _speaks() -> bool:
     """Whether this process reports errors. One per machine does: most errors occur everywhere, a missing file on one machine."""
-    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+    rank, size = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")), os.environ.get("WORLD_SIZE", "")
+    # A rank that cannot be is reported by whoever has it.
+    return not rank.isdecimal() or int(rank) == 0 or (size.isdecimal() and int(rank) >= int(size))
 
 
 if __name__ == "__main__":

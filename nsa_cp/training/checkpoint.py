@@ -7,10 +7,12 @@ what ``latest`` names is always whole, and a crash while saving costs only the c
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import signal
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
@@ -22,19 +24,16 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from nsa_cp.training.config import RunConfig
-from nsa_cp.training.manifest import LATEST, MANIFEST, SHARDS, describe
+from nsa_cp.training.errors import UserError
+from nsa_cp.training.manifest import LATEST, MANIFEST, SHARDS, checkpoint_name, checkpoints_in, describe
 from nsa_cp.training.shards import read_back
 
 _TEMPORARY = ".incomplete-"
 # The only format of DistributedOptimizer's state that can be read with another data-parallel size.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
-
-
-def checkpoint_name(step: int) -> str:
-    """Folder name of the checkpoint after ``step`` optimizer steps."""
-    return f"step_{step:08d}"
 
 
 def save_checkpoint(
@@ -62,7 +61,7 @@ def save_checkpoint(
         The checkpoint's folder.
 
     Raises:
-        UserError: what was written cannot be read back; ``latest`` names the checkpoint before.
+        UserError: there is no room on the disk, or what was written cannot be read back; ``latest`` names the checkpoint before.
     """
     final, temporary = folder / checkpoint_name(step), folder / (_TEMPORARY + checkpoint_name(step))
     if dist.get_rank() == 0:
@@ -71,7 +70,7 @@ def save_checkpoint(
             shutil.rmtree(stale)
         temporary.mkdir()
     dist.barrier()
-    with _signals_held_back():
+    with _signals_held_back(), full_disk_named(final):
         dist_checkpointing.save(_sharded_state(chunks, optimizer, with_rng=True), str(temporary))
         shards = read_back(temporary.glob(f"__{dist.get_rank()}_*{SHARDS}"))
         if dist.get_rank() == 0:
@@ -80,6 +79,20 @@ def save_checkpoint(
             _publish(temporary, final, manifest, keep=config.train.keep_checkpoints)
         dist.barrier()
     return final
+
+
+@contextmanager
+def full_disk_named(final: Path) -> Iterator[None]:
+    """Say in one sentence that the disk is full; Megatron's writers tell it in the traceback of a process of theirs."""
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        text = "".join(traceback.format_exception(error))
+        if not any(os.strerror(code) in text for code in (errno.ENOSPC, errno.EDQUOT)):
+            raise
+        raise UserError(
+            f"no space left on the disk while saving {final}; checkpoints before it are whole: make room, and go on with --resume"
+        ) from error
 
 
 def _publish(temporary: Path, final: Path, manifest: dict[str, Any], *, keep: int) -> None:
@@ -92,7 +105,7 @@ def _publish(temporary: Path, final: Path, manifest: dict[str, Any], *, keep: in
     _write_durably(folder / (LATEST + ".new"), final.name + "\n")
     os.replace(folder / (LATEST + ".new"), folder / LATEST)
     # Checkpoints of later steps were left by a run that has since resumed from an older one: neither counted nor removed.
-    for old in sorted(item for item in folder.glob("step_*") if item.name <= final.name)[:-keep]:
+    for old in [item for item in checkpoints_in(folder) if item.name <= final.name][:-keep]:
         shutil.rmtree(old)
 
 

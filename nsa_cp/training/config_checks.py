@@ -198,11 +198,8 @@ def _check_data(config: RunConfig) -> Iterator[Problem]:
             yield Problem("seed", f"{config.seed} is too large for data.kind = indexed; use one below {2**32}")
         if len(data.paths) != 1:
             yield Problem("data.paths", f"holds {len(data.paths)} entries, but data.kind = indexed takes one path prefix")
-        if (data.vocab_size is None) == (data.vocab_file is None):
-            yield Problem(
-                "data.vocab_size",
-                "data.kind = indexed needs the vocabulary: give data.vocab_size or data.vocab_file, one of the two",
-            )
+        if data.vocab_size is None and data.vocab_file is None:
+            yield Problem("data.vocab_size", "data.kind = indexed needs the vocabulary: give data.vocab_size or data.vocab_file")
     else:
         yield from _check_bytes(config)
 

@@ -76,7 +76,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> list[Prob
             continue
         try:
             value = yaml.load(text, Loader=_Loader) if text.strip() else ""  # noqa: S506 - a safe loader
-        except (yaml.YAMLError, ValueError):  # ValueError: of an explicit tag, as in !!int abc
+        except _YAML_FAULTS:
             problems.append(Problem(dotted, f"the value {text!r} is not valid YAML; quote it"))
             continue
         node: Any = tree
@@ -156,6 +156,10 @@ def _section_at(loc: Sequence[Any]) -> type[BaseModel] | None:
     return section
 
 
+# Beside its own error: what PyYAML lets through of explicit tags (!!int abc, !!bool maybe, !!timestamp foo) and of deep nesting.
+_YAML_FAULTS = (yaml.YAMLError, ValueError, KeyError, AttributeError, RecursionError)
+
+
 class _Loader(yaml.SafeLoader):
     """YAML's safe loader with two changes: duplicate keys are errors, and scalars stay text (or null) for pydantic to parse.
 
@@ -186,10 +190,10 @@ def _parse_yaml(text: str, source: str) -> dict[str, Any]:
         mark = error.problem_mark or error.context_mark
         where = f" at line {mark.line + 1}" if mark else ""
         raise UserError(f"{source} is not valid YAML{where}: {error.problem}") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{source} is not valid YAML: {error}") from error
+    except _YAML_FAULTS as error:
+        raise UserError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
     if tree is None:
-        return {}
+        raise UserError(f"{source} holds no settings; see configs/quickstart.yaml")
     if not isinstance(tree, dict):
         raise UserError(
             f"{source} holds a {type(tree).__name__}, not sections such as model: and train:; see configs/quickstart.yaml"

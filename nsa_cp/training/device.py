@@ -17,10 +17,16 @@ def restrict_devices(wanted: str) -> str | None:
 
     Returns:
         A sentence for the user if ``auto`` chose the CPU on a machine that has GPUs, else None.
+
+    Raises:
+        UserError: LOCAL_WORLD_SIZE is not a number.
     """
     if wanted == "cuda":
         return None
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    text = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if not text.isdecimal():
+        raise UserError(f"LOCAL_WORLD_SIZE = {text!r} is not a whole number; start with torchrun, which sets it")
+    processes = int(text)
     gpus = torch.cuda.device_count()  # asks the driver without initialising CUDA
     if wanted == "auto" and processes <= gpus:
         return None

@@ -7,6 +7,7 @@ Validation sequences are cut from the last documents in their order on disk, and
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,11 +47,16 @@ def read_vocabulary(data: DataSection) -> IndexVocabulary:
     """The vocabulary that ``data.vocab_size`` or ``data.vocab_file`` describes.
 
     Raises:
-        UserError: the file is missing, empty or malformed, or ``end_of_document`` is not one of its ids.
+        UserError: the file is missing, empty or malformed, or is not of size ``vocab_size``; or ``end_of_document`` is not one of
+            its ids.
     """
     tokens = None if data.vocab_file is None else _read_vocab_file(expanded(data.vocab_file))
+    if tokens is not None and data.vocab_size not in (None, len(tokens)):
+        raise UserError(
+            f"data.vocab_size = {data.vocab_size}, but data.vocab_file = {data.vocab_file} has {len(tokens)}; leave one out"
+        )
     size = len(tokens) if tokens is not None else data.vocab_size
-    assert size is not None, "config_checks lets one of the two through"
+    assert size is not None, "config_checks lets none through without one of the two"
     if data.end_of_document is not None and data.end_of_document >= size:
         raise UserError(
             f"data.end_of_document = {data.end_of_document} is not below the vocabulary's size of {size}; correct one of them"
@@ -209,7 +215,12 @@ class IndexedSource:
             return GPTDataset(self._index, self.prefix, documents, num_samples, Split.train, config)
 
         if dist.get_rank() == 0:
-            self._train = build()
+            try:
+                self._train = build()
+            except (ValueError, EOFError):
+                # A cached index that was cut short, by a full disk or a kill while it was written: Megatron takes it for whole.
+                shutil.rmtree(cache_dir)
+                self._train = build()
         dist.barrier()
         if self._train is None:
             self._train = build()

@@ -85,6 +85,7 @@ def _run(plan: Plan, *, overwrite: bool) -> dict[str, Any] | None:
     # Every process has looked at the folder before it joined the groups, so the first one may change it now.
     changes: list[str] = []
     if first:
+        folder.hold(checkpoint=plan.checkpoint and plan.checkpoint[0], overwrite=overwrite)
         changes = folder.begin(config, overwrite=overwrite)
         progress.wall_seconds = folder.keep_metrics_until(progress.step)
     dist.barrier()
@@ -261,6 +262,9 @@ def evaluate(config: RunConfig, checkpoint: Path | None = None) -> dict[str, Any
         loss = validation_loss(trainer, plan.source)
     whole, validation = plan.source.unigram_bits_per_byte()
     differing = changed_settings(manifest, plan.config) + _changed_data(manifest, plan, "held-out text may have been trained on")
+    fraction, before = plan.config.data.validation_fraction, manifest["data"]["validation_fraction"]
+    if fraction != before:
+        differing.append(f"data.validation_fraction: {before} -> {fraction}, so text may be validated on that was trained on")
     return {
         "checkpoint": str(path),
         "step": manifest["step"],

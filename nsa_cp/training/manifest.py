@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,6 +89,16 @@ def samples_in_all(config: RunConfig, step: int, consumed_samples: int) -> int:
     return consumed_samples + (config.train.steps - step) * config.train.global_batch_size
 
 
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint after ``step`` optimizer steps."""
+    return f"step_{step:08d}"
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints in a run's folder of them, by step. Copies and archives that a user keeps there are not among them."""
+    return sorted(item for item in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", item.name) and item.is_dir())
+
+
 def find_latest(folder: Path) -> Path:
     """The checkpoint that ``folder/latest`` names.
 
@@ -102,7 +113,7 @@ def find_latest(folder: Path) -> Path:
         )
     path = folder / pointer.read_text(encoding="utf-8", errors="replace").strip()
     if path.parent != folder or not path.is_dir():
-        others = ", ".join(sorted(item.name for item in folder.glob("step_*"))) or "none"
+        others = ", ".join(item.name for item in checkpoints_in(folder)) or "none"
         raise UserError(
             f"{pointer} names {path.name}, which is not there; write one of the existing checkpoints ({others}) into it"
         )
@@ -129,7 +140,7 @@ def damaged(path: Path, fault: str) -> UserError:
 
 def _remedy(path: Path) -> str:
     """The end of an error message about a checkpoint: names the newest older one in its folder that has all its files."""
-    for older in sorted((item for item in path.parent.glob("step_*") if item.name < path.name), reverse=True):
+    for older in [item for item in reversed(checkpoints_in(path.parent)) if item.name < path.name]:
         with contextlib.suppress(UserError):
             _read(older)
             pointer = path.parent / LATEST

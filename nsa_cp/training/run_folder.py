@@ -19,7 +19,9 @@ from nsa_cp.training.config import RunConfig, differences
 from nsa_cp.training.config_load import load_config
 from nsa_cp.training.errors import UserError
 from nsa_cp.training.files import json_lines, write_atomically
-from nsa_cp.training.manifest import CHECKPOINTS, LATEST
+from nsa_cp.training.manifest import CHECKPOINTS, LATEST, find_latest
+
+_LONGEST_NAME = 255  # bytes, on the file systems of Linux and macOS
 
 
 class RunFolder:
@@ -44,15 +46,35 @@ class RunFolder:
         """Refuse to mix two runs. Changes nothing.
 
         Raises:
-            UserError: the run exists and neither flag was given, both flags were given, or the path is not a folder.
+            UserError: the run exists and neither flag was given, both flags were given, or the path is not a folder or cannot be.
         """
         if resume and overwrite:
             raise UserError("--resume and --overwrite exclude each other; give one of them")
+        if (length := len(os.fsencode(self.path.name))) > _LONGEST_NAME:
+            raise UserError(f"name = {self.path.name[:20]}... has {length} bytes; a folder's name has at most {_LONGEST_NAME}")
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; choose another name= or runs_dir=")
         if self.exists() and not resume and not overwrite:
             go_on = "go on with --resume, " if (self.checkpoints / LATEST).is_file() else "it has no checkpoint yet; "
             raise UserError(f"run {self.path} exists; {go_on}begin again with --overwrite, or choose another name=")
+
+    def hold(self, *, checkpoint: Path | None, overwrite: bool) -> None:
+        """Lock the folder and check again what was checked without the lock: a run may have begun, gone on or ended here since.
+
+        For the first process only.
+
+        Args:
+            checkpoint: the one that the run resumes from, None for a new run.
+            overwrite: the run may replace one of the same name.
+
+        Raises:
+            UserError: another process is at work on this run, or was meanwhile; nothing has been changed then.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        self.check_start(resume=checkpoint is not None, overwrite=overwrite)
+        if checkpoint is not None and (newest := find_latest(self.checkpoints)) != checkpoint:
+            raise UserError(f"run {self.path} went on meanwhile, from {checkpoint.name} to {newest.name}; start again")
 
     def begin(self, config: RunConfig, *, overwrite: bool) -> list[str]:
         """Start or resume a run here: lock the folder, write config.yaml, and remove what an earlier end of the run wrote.

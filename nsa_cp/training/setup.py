@@ -40,13 +40,14 @@ class Launch:
         """Read RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them.
 
         Raises:
-            UserError: some but not all of them are set, or they are not whole numbers.
+            UserError: some but not all of them are set, they are not whole numbers or contradict each other, or several processes
+                have no MASTER_ADDR and MASTER_PORT to meet at.
         """
         if "WORLD_SIZE" not in os.environ and "RANK" not in os.environ:
             return cls()
         try:
             rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-            return cls(rank, world_size, int(os.environ.get("LOCAL_RANK", rank)))
+            launch = cls(rank, world_size, int(os.environ.get("LOCAL_RANK", rank)))
         except KeyError as error:
             raise UserError(
                 f"the environment has RANK or WORLD_SIZE but not {error.args[0]}; start with torchrun, which sets both"
@@ -55,6 +56,13 @@ class Launch:
             raise UserError(
                 f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers ({error}); start with torchrun, which sets them"
             ) from error
+        if not 0 <= rank < world_size:
+            raise UserError(f"RANK = {rank} lies outside WORLD_SIZE = {world_size}; start with torchrun, which sets both")
+        if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if world_size > 1 and name not in os.environ]:
+            raise UserError(
+                f"{world_size} processes have no {' and '.join(missing)} to meet at; start with torchrun, which sets both"
+            )
+        return launch
 
 
 @dataclass
@@ -89,7 +97,8 @@ def init_processes(config: RunConfig, launch: Launch, device: torch.device) -> N
         enable()
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        alone = launch.world_size == 1 and "MASTER_ADDR" not in os.environ
+        # Some clusters export MASTER_ADDR to every process, launched by a launcher or not.
+        alone = launch.world_size == 1 and not {"MASTER_ADDR", "RANK"} <= os.environ.keys()
         where = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {"init_method": "env://"}
         dist.init_process_group(backend, timeout=timeout, **where)
     # NCCL learns each process's device from its first collective; a barrier would have to guess it.

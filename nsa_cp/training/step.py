@@ -76,9 +76,10 @@ def train_step(trainer: Trainer, source: SampleSource, progress: Progress, stop:
     row = agree(trainer, losses, traffic, stop=stop.name is not None)
     norm = float(grad_norm)
     if not (math.isfinite(row["loss"]) and math.isfinite(norm)):
+        resume = "" if progress.saved_step is None else "resume from the last checkpoint, or "
         raise UserError(
             f"loss {row['loss']} and gradient norm {norm} at step {progress.step} are not finite; "
-            f"lower train.lr = {train.lr} and resume from the last checkpoint, or begin again with --overwrite"
+            f"lower train.lr = {train.lr} and {resume}begin again with --overwrite"
         )
     return {
         "step": progress.step,

@@ -107,6 +107,22 @@ def test_configurations_that_cannot_be_read(capsys: pytest.CaptureFixture[str]) 
     assert "bad.yaml is not valid YAML at line" in refuse(capsys, "train", "bad.yaml")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no settings; see configs/quickstart.yaml"),
+        ("# nothing\n", "holds no settings"),
+        ("name: a\0b", "is not valid YAML: unacceptable character"),
+        ("a: " + 3000 * "[", "is not valid YAML"),
+        ("train: {steps: !!bool maybe}", "is not valid YAML"),
+        ("train: {steps: !!timestamp foo}", "is not valid YAML"),
+    ],
+)
+def test_yaml_that_holds_nothing_or_breaks_its_reader(capsys: pytest.CaptureFixture[str], text: str, message: str) -> None:
+    Path("odd.yaml").write_text(text)
+    assert f"odd.yaml {message}" in refuse(capsys, "train", "odd.yaml")
+
+
 def test_runs_that_cannot_be_evaluated(capsys: pytest.CaptureFixture[str]) -> None:
     assert "none is not a run: it has no config.yaml" in refuse(capsys, "eval", "none")
     Path("runs/x").mkdir(parents=True)
@@ -153,6 +169,24 @@ def test_half_a_launcher(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     assert "has RANK or WORLD_SIZE but not RANK; start with torchrun" in refuse(capsys, "train", str(QUICKSTART))
 
 
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK = 0 lies outside WORLD_SIZE = 0; start with torchrun"),
+        ({"RANK": "5", "WORLD_SIZE": "2"}, "RANK = 5 lies outside WORLD_SIZE = 2"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "2 processes have no MASTER_ADDR and MASTER_PORT to meet at; start with torchrun"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "x"}, "must be whole numbers"),
+        ({"LOCAL_WORLD_SIZE": "abc"}, "LOCAL_WORLD_SIZE = 'abc' is not a whole number"),
+    ],
+)
+def test_a_launcher_that_contradicts_itself(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert message in refuse(capsys, "train", str(QUICKSTART), "parallel.context=1")
+
+
 def test_the_process_exits_with_2_and_no_traceback() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "nsa_cp.cli.main", "train", str(QUICKSTART), "parallel.context=3"]
@@ -197,6 +231,9 @@ def test_places_that_cannot_be_written_to(
     small = ("bench", "attention", "--device", "cpu", "--seq-lens", "128", "--heads", "4/2x16", "--impls", "nsa")
     assert "--csv . is a folder; give a file in it" in refuse(capsys, *small, "--csv", ".")
     monkeypatch.setenv("HOME", str(tmp_path))
+    assert "has 300 bytes; a folder's name has at most 255" in refuse(
+        capsys, "train", str(QUICKSTART), "parallel.context=1", f"name={300 * 'x'}"
+    )
     check = ("bench", "context-parallel", "--check")
     assert "--check times nothing, so --csv rows.csv would get no rows" in refuse(capsys, *check, "--csv", "rows.csv")
     assert f"--csv {tmp_path} is a folder" in refuse(capsys, *small, "--csv=~")

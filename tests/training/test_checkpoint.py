@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch.distributed.checkpoint.api import CheckpointException
 from training_harness import evaluate_here, snapshot, tiny_config, train_here
 
 from nsa_cp.testing import DistributedPool
+from nsa_cp.training.checkpoint import full_disk_named
 from nsa_cp.training.config import RunConfig
 from nsa_cp.training.errors import UserError
 from nsa_cp.training.manifest import MANIFEST, changed_settings, check_compatible, find_latest, read_manifest
@@ -230,3 +232,18 @@ def test_an_existing_run_is_not_overwritten_by_accident(run: RunConfig) -> None:
 def test_the_manifest_of_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         read_manifest(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, CheckpointException])
+def test_a_full_disk_is_told_in_one_sentence(tmp_path: Path, kind: type[BaseException]) -> None:
+    """As Megatron's writers tell it: in the message of another error, or in a collection of errors."""
+    full = "Worker failure: [Errno 28] No space left on device"
+
+    def error(text: str) -> BaseException:
+        return kind(text) if kind is RuntimeError else kind(text, {0: (OSError(text), None)})
+
+    with pytest.raises(UserError, match="no space left on the disk while saving .*step_00000004; .*: make room, and go on with"):
+        with full_disk_named(tmp_path / "step_00000004"):
+            raise error(full)
+    with pytest.raises(kind, match="something else"), full_disk_named(tmp_path):
+        raise error("something else")

@@ -220,11 +220,6 @@ REFUSED = {
     "batch": (["train.global_batch_size=3", "train.micro_batch_size=2"], "train.global_batch_size", "3.*2; use 4"),
     "no file named": (["data.kind=text"], "data.paths", "name at least one"),
     "no vocabulary": (["data.kind=indexed", "data.paths=[x]"], "data.vocab_size", "needs the vocabulary"),
-    "two vocabularies": (
-        ["data.kind=indexed", "data.paths=[x]", "data.vocab_size=9", "data.vocab_file=v"],
-        "data.vocab_size",
-        "one of the two",
-    ),
     "vocabulary below bytes": (["data.vocab_size=255"], "data.vocab_size", "255 is too small for bytes"),
     "bytes of more than a byte": (["data.bytes_per_token=4.2"], "data.bytes_per_token", "4.2, but a token .* is one byte; leave"),
     "vocabulary and TP": (["data.vocab_size=257", "parallel.tensor=2"], "data.vocab_size", "257.*2; use 258"),

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-from training_harness import metrics, printed_here, rewind, tiny_config, train_here
+from training_harness import figures_here, metrics, printed_here, rewind, tiny_config, train_here
 
 from nsa_cp.testing import DistributedPool
 from nsa_cp.training.config import DataSection
+from nsa_cp.training.config_load import load_config
 from nsa_cp.training.errors import UserError
 from nsa_cp.training.indexed import IndexedSource
 
@@ -77,6 +78,34 @@ def test_a_cached_index_of_other_content_is_not_used(tmp_path: Path, workers: ob
     write_index(tmp_path / "data", lengths=LENGTHS[::-1])
     again = [pool.run(read_training, section(tmp_path / "data"), tmp_path / cache, 20) for cache in ("cache", "other")]
     assert again[0] == again[1]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("left", [0, 100, -8])
+def test_a_cached_index_that_was_cut_short_is_built_again(tmp_path: Path, workers: object, left: int) -> None:
+    """A full disk or a kill may leave it so, and Megatron takes files that exist for whole."""
+    write_index(tmp_path / "data")
+    pool: DistributedPool = workers(2)
+    expected = pool.run(read_training, section(tmp_path / "data"), tmp_path / "cache", 20)
+    for file in (tmp_path / "cache").glob("*.npy"):
+        file.write_bytes(file.read_bytes()[:left])
+    assert pool.run(read_training, section(tmp_path / "data"), tmp_path / "cache", 20) == expected
+
+
+@pytest.mark.distributed
+def test_a_run_with_a_vocabulary_file_can_be_evaluated_and_resumed_by_its_own_config(tmp_path: Path, workers: object) -> None:
+    write_index(tmp_path / "data", lengths=[40] * 40)
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("\n".join(f"w{i}" for i in range(100)), encoding="utf-8")
+    fixed = ["data.kind=indexed", f"data.paths=[{tmp_path / 'data'}]", f"data.vocab_file={vocabulary}"]
+    config = tiny_config(tmp_path / "runs", *fixed)
+    workers(1).run(train_here, config)
+    again = load_config(config.run_dir / "config.yaml")
+    assert workers(1).run(figures_here, again, 4)[0]["step"] == 4
+    rewind(config, 2)
+    workers(1).run(train_here, again, True)
+    with pytest.raises(UserError, match="data.vocab_size = 99, but data.vocab_file = .* has 100; leave one out"):
+        IndexedSource(section(tmp_path / "data", vocab_size=99, vocab_file=str(vocabulary)), 1)
 
 
 def test_validation_is_the_last_documents_in_order(tmp_path: Path) -> None:
