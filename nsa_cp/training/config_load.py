@@ -75,7 +75,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> list[Prob
             problems.append(Problem("", f"override {override!r} is not of the form section.key=value"))
             continue
         try:
-            value = yaml.load(text, Loader=_Loader) if text.strip() else ""  # noqa: S506 - a safe loader
+            value = _argument_value(text)
         except _YAML_FAULTS:
             problems.append(Problem(dotted, f"the value {text!r} is not valid YAML; quote it"))
             continue
@@ -90,6 +90,15 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> list[Prob
         else:
             node[keys[-1]] = value
     return problems
+
+
+def _argument_value(text: str) -> Any:
+    """The value of an argument: YAML where it is a list, a mapping, quoted, tagged or null, else the text as it stands, so that a
+    prompt may hold ``#`` and ``: `` and end with a space."""
+    begin = text.strip()[:1]
+    if begin and (begin in "[{\"'!&*|>" or text.strip() in ("~", "null", "Null", "NULL")):
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a safe loader
+    return text if begin else ""
 
 
 def _validate(tree: dict[str, Any]) -> tuple[RunConfig | None, list[Problem]]:

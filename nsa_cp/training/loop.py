@@ -262,8 +262,8 @@ def evaluate(config: RunConfig, checkpoint: Path | None = None) -> dict[str, Any
         loss = validation_loss(trainer, plan.source)
     whole, validation = plan.source.unigram_bits_per_byte()
     differing = changed_settings(manifest, plan.config) + _changed_data(manifest, plan, "held-out text may have been trained on")
-    fraction, before = plan.config.data.validation_fraction, manifest["data"]["validation_fraction"]
-    if fraction != before:
+    fraction = plan.config.data.validation_fraction
+    if (before := manifest["data"].get("validation_fraction", fraction)) != fraction:
         differing.append(f"data.validation_fraction: {before} -> {fraction}, so text may be validated on that was trained on")
     return {
         "checkpoint": str(path),

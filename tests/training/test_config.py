@@ -242,7 +242,7 @@ REFUSED = {
     ),
     "a list for a name": (["train={[a]: 3}"], "train", "is not valid YAML"),
     "a tag that does not fit": (["train.steps=!!int abc"], "train.steps", "is not valid YAML"),
-    "a comment for text": (["sample.prompt=# Title"], "sample.prompt", "has no value; give one or leave it out"),
+    "no text": (["sample.prompt=null"], "sample.prompt", "has no value; give one or leave it out"),
     "endless wait": (["parallel.timeout_minutes=1e300"], "parallel.timeout_minutes", "should be less than or equal to 1000000"),
     "base 60": (["train.steps=1:30"], "train.steps", "'1:30' should be a valid integer"),
     "a switch for a number": (["train.lr=true"], "train.lr", "'true' should be a valid number"),
@@ -361,3 +361,14 @@ def test_model_shape_ignores_what_weights_do_not_depend_on() -> None:
         assert build_config({}, [override]).model_shape() != base, override
     full = build_config({}, ["model.layer_pattern=[full]"]).model_shape()
     assert full == build_config({}, ["model.layer_pattern=[full]", "nsa.compressor=linear"]).model_shape()
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("# Title", "# Title"), ("a # b", "a # b"), ("Note: ", "Note: "), ("The ", "The "), ("- item", "- item"), ("no", "no"),
+        ("'it''s'", "it's"), ('"tab\\t"', "tab\t"), ("  ", ""),
+    ],
+)  # fmt: skip
+def test_text_arguments_stand_as_they_are_unless_quoted(argument: str, value: str) -> None:
+    assert build_config({}, [f"sample.prompt={argument}"]).sample.prompt == value
