@@ -31,7 +31,7 @@ class RunStore:
         out, so their runs are made again."""
         if not self.path.is_file():
             return {}
-        return {record["run"]: record for record in json_lines(self.path.read_bytes()) if "run" in record}
+        return {record["run"]: record for record in json_lines(self.path.read_bytes()) if isinstance(record.get("run"), str)}
 
     def add(self, record: Record) -> None:
         """Append a record, on disk before this returns. Numbers that are not finite become null."""

@@ -201,7 +201,7 @@ def entropy_bits(counts: np.ndarray) -> float:
     if total == 0:
         return 0.0
     p = counts[counts > 0] / total
-    return float(-(p * np.log2(p)).sum())
+    return float((p * np.log2(1 / p)).sum())  # not minus the sum, which of a single symbol would be -0
 
 
 def load_text(data: DataSection, seed: int) -> ByteSource:
