@@ -174,3 +174,9 @@ def test_a_device_that_is_not_there(name: str, message: str, capsys: CaptureFixt
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["bench", "attention", "--device", name]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_benchmark_that_measures_nothing_fails() -> None:
+    small = ("bench", "attention", "--device", "cpu", "--seq-lens", "64", "--heads", "4/2x16", "--repetitions", "1")
+    assert main([*small, "--impls", "dense_cudnn"]) == 1
+    assert main([*small, "--impls", "nsa"]) == 0

@@ -342,3 +342,15 @@ def test_lines_that_cannot_be_read_do_not_take_the_others_with_them(tmp_path: Pa
     again = RunFolder(config.run_dir)
     assert again.begin(config, overwrite=True) == [] and not list(config.run_dir.glob("metrics*"))
     again.close()
+
+
+@pytest.mark.parametrize(
+    ("interval", "advice"), [(0, "and begin again"), (1, "and resume from the last checkpoint, or begin again")]
+)
+def test_a_run_that_diverges_is_told_to_resume_only_where_there_is_a_checkpoint(
+    tmp_path: Path, workers: Workers, interval: int, advice: str
+) -> None:
+    config = tiny_config(tmp_path, "train.lr=1e30", "train.min_lr=0", f"train.checkpoint_interval={interval}")
+    with pytest.raises(UserError, match=rf"at step \d are not finite; lower train.lr = 1e\+30 {advice} with --overwrite"):
+        workers(1).run(train_here, config)
+    assert (config.run_dir / "checkpoints" / "latest").is_file() == bool(interval)
