@@ -35,6 +35,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     study.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1 in place of the study's")
     study.add_argument("--lrs", type=factor, nargs="+", metavar="LR", help="learning rates in place of the study's")
     study.add_argument("--steps-scale", type=factor, default=1.0, metavar="X", help="X times the steps of every stage")
+    study.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings for every arm: nsa.window_size=256 model.num_layers=2"
+    )
     study.add_argument("--device", default="", help="cuda or cpu; default: cuda where it is there")
     study.add_argument(
         "--text", type=place, metavar="FOLDER", help="of language: packages of Python sources; default: the installed"
@@ -91,6 +94,7 @@ def _chosen(arguments: argparse.Namespace) -> Study:
     """The study with the changes and restrictions that the options ask for."""
     from dataclasses import replace
 
+    from nsa_cp.study.changes import change_settings
     from nsa_cp.study.studies import build_study, scale_steps
 
     for name, least in (("workers", 0), ("seeds", 1)):
@@ -99,7 +103,7 @@ def _chosen(arguments: argparse.Namespace) -> Study:
             raise UserError(f"--{name.replace('_', '-')} = {value} is too small; use a positive number")
     if arguments.text is not None and not arguments.text.is_dir():
         raise UserError(f"--text {arguments.text} is not a folder; give one that holds Python packages, or leave it out")
-    study = build_study(arguments.name, arguments.scale, arguments.text)
+    study = change_settings(build_study(arguments.name, arguments.scale, arguments.text), arguments.set)
     if arguments.steps_scale != 1.0:
         study = scale_steps(study, arguments.steps_scale)
     if arguments.seeds is not None:
@@ -154,6 +158,7 @@ def _report(arguments: argparse.Namespace, path: Path) -> int:
 
     if not path.is_file():
         raise UserError(f"{path} does not exist; make the runs first: nsa-cp study {arguments.name} --out {arguments.out}")
-    written = write_report(arguments.name, arguments.scale, path, arguments.docs or arguments.out / "report")
+    folder = arguments.docs or arguments.out / "report"
+    written = write_report(arguments.name, arguments.scale, path, folder, changes=arguments.set)
     print(f"wrote {', '.join(map(str, written))}")
     return 0

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from nsa_cp.study.changes import change_settings
 from nsa_cp.study.corpus import Corpus
 from nsa_cp.study.plots import plot_study
 from nsa_cp.study.results import ArmResult, arrange, current_runs, difference, newest_table, write_csv
@@ -23,25 +24,27 @@ _CONTROLS = (
 )  # fmt: skip
 
 
-def write_report(name: str, scale: str, runs: Path, folder: Path) -> list[Path]:
+def write_report(name: str, scale: str, runs: Path, folder: Path, changes: Sequence[str] = ()) -> list[Path]:
     """Write ``NAME.md``, ``NAME.csv`` and plots about the newest table of runs of a study.
 
     Args:
         name, scale: which study.
         runs: its file of runs (see ``RunStore``).
         folder: where to write.
+        changes: the settings that were changed for these runs (see ``change_settings``).
 
     Returns:
         The files written, the page first.
 
     Raises:
-        UserError: the file has no finished run of that scale, or none of an arm as it is defined now.
+        UserError: the file has no finished run of that scale, or none of an arm as it is defined now (and changed).
     """
     everything = RunStore(runs).load()
     records = newest_table(everything.values(), scale)
     if not records:
         raise UserError(f"{runs} has no finished run of scale {scale}; make some first: nsa-cp study {name} --scale {scale}")
     study = build_study(name, scale, corpus=Corpus(digest="", num_packages=(0, 0, 0), num_bytes=(0, 0, 0)))
+    study = change_settings(study, changes)
     of_table, records = len(records), current_runs(study, records)
     if not records:
         raise UserError(f"{runs} has {of_table} runs of the newest table, none of an arm as it is defined now; make them again")
@@ -51,7 +54,7 @@ def write_report(name: str, scale: str, runs: Path, folder: Path) -> list[Path]:
     write_csv(records, table)
     plots = plot_study(name, results, study.metrics, folder)
     failed = [record for record in everything.values() if record["status"] == "failed"]
-    text = list(_page(study, records, results, plots, failed))
+    text = list(_page(study, records, results, plots, failed, changes))
     if of_table > len(records):
         text += ["", f"Left out: {of_table - len(records)} runs of arms that were defined otherwise then."]
     page.write_text("\n".join(text) + "\n", encoding="utf-8")
@@ -59,14 +62,20 @@ def write_report(name: str, scale: str, runs: Path, folder: Path) -> list[Path]:
 
 
 def _page(
-    study: Study, records: Sequence[Record], results: dict[str, ArmResult], plots: Sequence[Path], failed: Sequence[Record]
+    study: Study,
+    records: Sequence[Record],
+    results: dict[str, ArmResult],
+    plots: Sequence[Path],
+    failed: Sequence[Record],
+    changes: Sequence[str],
 ) -> Iterator[str]:
     yield f"# {study.title}"
     yield ""
     machines = sorted({f"{record['device']}, PyTorch {record['torch']}" for record in records})
     minutes = sum(record["seconds"] for record in records) / 60
+    options = f"--scale {study.scale}" + (f" --set {' '.join(changes)}" if changes else "")
     yield (
-        f"Written by `nsa-cp study {study.name} --scale {study.scale} --report` from {len(records)} runs, table "
+        f"Written by `nsa-cp study {study.name} {options} --report` from {len(records)} runs, table "
         f"`{records[0]['table']}`, made on {'; '.join(machines)}. The runs' times add up to {minutes:.1f} minutes, several at "
         f"a time. Every run: [{study.name}.csv]({study.name}.csv); what the tasks and arms are: [README](README.md)."
     )

@@ -97,6 +97,27 @@ def test_runs_of_an_arm_that_was_something_else_are_left_out() -> None:
     assert study("mqar", "--report", "--docs", "pages") == 2
 
 
+def test_settings_changed_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    """They reach the model and the training, but for what an arm sets itself; the runs are others, with a page of their own."""
+    common = ["--lrs", "0.004", "--seeds", "1", "--only", "arm=nsa,slow_gates"]
+    changes = ["--set", "nsa.gate_temperature=3", "nsa.compress_block_size=4", "nsa.compress_stride=2", "model.num_layers=2"]
+    assert study("mqar", *common, *changes, "train.weight_decay=0.5") == 0
+    nsa, slow = (record["settings"] for record in records("mqar"))
+    assert (nsa["model"]["nsa"]["gate_temperature"], slow["model"]["nsa"]["gate_temperature"]) == (3.0, 10.0)
+    for settings in (nsa, slow):
+        sizes = settings["model"]["nsa"]
+        assert (sizes["compress_block_size"], sizes["compress_stride"], settings["model"]["num_layers"]) == (4, 2, 2)
+        assert settings["train"]["weight_decay"] == 0.5
+    assert len(records("mqar")[0]["attention"]["gates"]) == 2
+
+    assert study("mqar", "--list", *common) == 0 and "2 runs can be made now" in capsys.readouterr().out
+    assert study("mqar", "--report", "--docs", "pages") == 2
+    assert "none of an arm as it is defined now" in capsys.readouterr().err
+    assert study("mqar", "--report", "--docs", "pages", *changes) == 0
+    page = Path("pages/mqar.md").read_text()
+    assert "`nsa-cp study mqar --scale tiny --set nsa.gate_temperature=3 " in page and "| nsa |" in page
+
+
 def test_every_arm_trains(capsys: pytest.CaptureFixture[str]) -> None:
     assert study("mqar", "--lrs", "0.004", "--seeds", "1") == 0
     made = records("mqar")
@@ -121,6 +142,12 @@ def test_a_part_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
         (["study", "mqar", "--only", "arm=fulll"], "--only arm=fulll is not in the table; it has full, full_params"),
         (["study", "mqar", "--only", "lr=x"], "--only lr=x is not in the table; it has 0.001, 0.002, 0.004"),
         (["study", "mqar", "--only", "speed=1"], "--only 'speed=1' is not understood; write arm=VALUE, lr=VALUE, seed=VALUE"),
+        (["study", "mqar", "--set", "window_size=8"], "--set 'window_size=8' is not understood; write nsa.FIELD=VALUE"),
+        (["study", "mqar", "--set", "nsa.windows=8"], "--set nsa.windows=8: there is no setting 'windows' here, only compress_b"),
+        (["study", "mqar", "--set", "model.nsa=8"], "--set model.nsa=8: there is no setting 'nsa' here, only vocab_size"),
+        (["study", "mqar", "--set", "nsa.window_size=wide"], "--set nsa.window_size=wide: Input should be a valid integer"),
+        (["study", "mqar", "--set", "nsa.compress_stride=5"], "--set: compress_block_size = 16 is not a multiple of compress_stride = 5"),
+        (["study", "mqar", "--set", "model.hidden_size=-8"], "--set: "),
         (["study", "mqar", "--workers", "-1"], "--workers = -1 is too small"),
         (["study", "mqar", "--seeds", "0"], "--seeds = 0 is too small"),
         (["study", "mqar", "--report"], "runs/study/mqar.jsonl does not exist; make the runs first: nsa-cp study mqar"),
