@@ -22,7 +22,7 @@ from nsa_cp.config import Backend, NSAConfig, RotaryConfig
 from nsa_cp.context_parallel import SequenceLayout, check_group, exchange_halo, gather_rows, start_agreement
 from nsa_cp.context_parallel.agreement import Agreement, NoAgreement
 from nsa_cp.ops import initial_compressor_weights, native_sparse_attention
-from nsa_cp.ops.checks import check_heads, check_rows
+from nsa_cp.ops.checks import check_heads, check_layout, check_rotary, check_rows
 from nsa_cp.ops.dispatch import resolve_backend
 from nsa_cp.ops.plan import get_layout_plan, get_window_plan
 from nsa_cp.ops.recompute import recall_selection, remember_selection
@@ -94,7 +94,7 @@ class NativeSparseAttention(nn.Module):
             forward.
 
     Raises:
-        ValueError: heads not a multiple of groups, or heads without channels.
+        ValueError: heads not a multiple of groups, heads without channels, or a position embedding that rotates none.
     """
 
     def __init__(
@@ -118,6 +118,7 @@ class NativeSparseAttention(nn.Module):
             )
         if qk_dim < 1 or (v_dim is not None and v_dim < 1):
             raise ValueError(f"qk_dim = {qk_dim}, v_dim = {v_dim}: a head needs at least 1 channel of each")
+        check_rotary(rotary, qk_dim)
         self.num_attention_heads, self.num_query_groups = num_attention_heads, num_query_groups
         self.qk_dim, self.v_dim = qk_dim, qk_dim if v_dim is None else v_dim
         self.config, self.rotary, self.cp_group = config, rotary, cp_group
@@ -142,10 +143,11 @@ class NativeSparseAttention(nn.Module):
         """Attention of this rank's queries to the whole sequence. Collective over ``cp_group``.
 
         Args:
-            q: [T, N, Dk], unrotated.
-            k, v: tensors [T, G, Dk] (unrotated) and [T, G, Dv], one per branch in the order compressed, selected, window; with
-                ``shared_kv`` a single one.
+            q: [T, N, Dk], unrotated; any floating-point dtype.
+            k, v: tensors [T, G, Dk] (unrotated) and [T, G, Dv] of the same dtype, one per branch in the order compressed,
+                selected, window; with ``shared_kv`` a single one.
             gate_logits: [T, N or 1, 3], branches in the same order; the gates are ``sigmoid(gate_logits / gate_temperature)``.
+                Their dtype, and the parameters', may differ from that of q.
             layout: the sequence's documents, and which rows this rank holds.
 
         Returns:
@@ -154,8 +156,7 @@ class NativeSparseAttention(nn.Module):
         Raises:
             ValueError: inputs that do not fit together or do not fit the layout, or ranks that disagree.
         """
-        if layout is None:
-            raise ValueError("layout is None; one sequence of S tokens on one process is SequenceLayout.build(S)")
+        check_layout(layout)
         if q.dim() == 3 and q.shape[1] != self.num_attention_heads:
             raise ValueError(
                 f"q has {q.shape[1]} heads; this module was made for num_attention_heads = {self.num_attention_heads}"
@@ -228,7 +229,7 @@ def full_attention(
     Raises:
         ValueError: inputs that do not fit together or do not fit the layout, or ranks that disagree.
     """
-    agreement = _check(("full", rotary), q, k, v, layout, cp_group)
+    agreement = _check(("full",), rotary, q, k, v, layout, cp_group)
     plan = get_layout_plan(layout, q.device)
     rotate = rotation(rotary, plan.position, q, resolve_backend("auto", q))
     q, k = rotate(q), rotate(k)
@@ -282,7 +283,7 @@ def sliding_window_attention(
     """
     if window_size < 1:
         raise ValueError(f"window_size = {window_size} leaves nothing to attend to; use at least 1")
-    agreement = _check(("window", window_size, rotary), q, k, v, layout, cp_group)
+    agreement = _check(("window", window_size), rotary, q, k, v, layout, cp_group)
     backend = resolve_backend(backend, q, v)
     rotate = rotation(rotary, get_layout_plan(layout, q.device).position, q, backend)
     q, k = rotate(q), rotate(k)
@@ -294,12 +295,20 @@ def sliding_window_attention(
 
 
 def _check(
-    kind: tuple, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout, group: dist.ProcessGroup | None
+    kind: tuple,
+    rotary: RotaryConfig | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: SequenceLayout,
+    group: dist.ProcessGroup | None,
 ) -> Agreement | NoAgreement:
+    check_layout(layout)
     check_heads(q, k, v)
     check_rows(q=q, k=k, v=v, expected=layout.num_local_tokens)
     check_group(layout, group)
-    facts = (kind, *q.shape[1:], *v.shape[1:], q.dtype)
+    check_rotary(rotary, q.shape[2])
+    facts = (*kind, rotary, *q.shape[1:], *v.shape[1:], q.dtype)
     return start_agreement(get_layout_plan(layout, q.device).agreed, layout, facts, group, q.device)
 
 

@@ -47,7 +47,8 @@ class NSAConfig:
         gate: ``head``: one gate per token, query head and branch; ``branch``: one per token and branch, shared by all heads.
         gate_temperature: the gates are ``sigmoid(logits / gate_temperature)``; 1 is the paper's. Above 1 they learn more slowly
             (what is known of that: docs/training.md, Gates that learn slowly). A float; integers are converted.
-        layout: how a sequence is split over context-parallel ranks, see ``SequenceLayout.build``.
+        layout: how the Megatron layers and the trainer split a sequence over context-parallel ranks, see
+            ``SequenceLayout.build``; ``NativeSparseAttention`` follows the SequenceLayout that it is given.
         compressed_comm: how compressed keys and values reach every rank: in one ``all_gather``, hidden behind the window
             branch, or around a ``ring``, the compressed branch attending to each shard as it arrives.
         backend: ``triton`` (CUDA), ``torch`` (anywhere), or ``auto``: Triton where it runs.

@@ -131,6 +131,8 @@ def _joined(arguments: argparse.Namespace) -> Iterator[Settings]:
     dtype = torch.bfloat16 if cuda else torch.float32
     if cuda:
         torch.cuda.set_device(device)
+    elif os.environ["RANK"] == "0":
+        print("no CUDA device: this runs on the CPU, where 2048 tokens and --heads 8/2x32 take seconds", file=sys.stderr)
     ours = not dist.is_initialized()
     if ours:
         options = _high_priority() if cuda else None

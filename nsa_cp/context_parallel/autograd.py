@@ -24,12 +24,20 @@ def exact_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
 def exact_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
     """The same for a backward. Differentiating it again raises an error, because only first derivatives are implemented."""
 
-    @functools.wraps(backward)
-    def run(ctx: Any, *gradients: Any) -> Any:
+    @once_differentiable
+    def run_once(ctx: Any, *gradients: Any) -> Any:
         with _autocast_off(gradients):
             return backward(ctx, *gradients)
 
-    return once_differentiable(run)
+    @functools.wraps(backward)
+    def run(ctx: Any, *gradients: Any) -> Any:
+        # Under create_graph. PyTorch's check looks at the incoming gradients only; where none of them requires a gradient, a
+        # penalty on ours would be dropped without a word.
+        if torch.is_grad_enabled():
+            gradients = tuple(x if x is None else x.detach().requires_grad_() for x in gradients)
+        return run_once(ctx, *gradients)
+
+    return run
 
 
 def _autocast_off(arguments: tuple[Any, ...]) -> torch.autocast:

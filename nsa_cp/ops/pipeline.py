@@ -29,7 +29,7 @@ from nsa_cp.context_parallel import (
 )
 from nsa_cp.context_parallel.autograd import exact_backward, exact_forward
 from nsa_cp.ops.branches_backward import Branch, BranchesBackward, ChosenBlocks, fused_backward_groups
-from nsa_cp.ops.checks import check_blocks, check_heads, check_rows
+from nsa_cp.ops.checks import check_blocks, check_heads, check_layout, check_rotary, check_rows
 from nsa_cp.ops.compression import CompressorWeights, check_compressor_weights, compress
 from nsa_cp.ops.dispatch import accumulator_dtype, resolve_backend
 from nsa_cp.ops.gating import combine_forward, gate_gradients, row_statistics, split_statistics
@@ -103,11 +103,13 @@ def native_sparse_attention(
     """
     if layout is None:
         layout = SequenceLayout.build(q.shape[0] if cu_seqlens is None else cu_seqlens)
+    check_layout(layout)
     _check_inputs(q, k, v, gates, config, layout, group)
     check_compressor_weights("k_weights", k_weights, k[0], config)
     check_compressor_weights("v_weights", v_weights, v[0], config)
     if blocks is not None:
         check_blocks(blocks, q, k[0], config)
+    check_rotary(rotary, q.shape[2])
     plan = get_plan(layout, config, q.device)
     facts = ("nsa", *q.shape[1:], *v[0].shape[1:], q.dtype, config, rotary)
     agreement = start_agreement(plan.agreed, layout, facts, group, q.device)
@@ -438,10 +440,11 @@ def _check_inputs(
     layout: SequenceLayout,
     group: dist.ProcessGroup | None,
 ) -> None:
+    wanted = f"shared_kv = {config.shared_kv} takes {config.num_branch_kv} key and value tensors"
+    if isinstance(k, torch.Tensor) or isinstance(v, torch.Tensor):
+        raise ValueError(f"{wanted}, got a tensor; give a list with one for each branch")
     if len(k) != config.num_branch_kv or len(v) != config.num_branch_kv:
-        raise ValueError(
-            f"shared_kv = {config.shared_kv} takes {config.num_branch_kv} key and value tensors, got {len(k)} and {len(v)}"
-        )
+        raise ValueError(f"{wanted}, got {len(k)} and {len(v)}")
     check_group(layout, group)
     for branch_k, branch_v in zip(k, v, strict=True):
         check_heads(q, branch_k, branch_v)

@@ -89,7 +89,7 @@ def selected_attention_backward(
         flat = keys.flatten()
         _add_rows(dk, flat, (ds.mT @ _by_group(q[rows], groups)).flatten(0, 2))
         _add_rows(dv, flat, (p.mT @ upstream).flatten(0, 2))
-    return AttentionGradients(dq, dk.view(k.shape[0], groups, -1), dv.view(v.shape[0], groups, -1))
+    return AttentionGradients(dq, dk.view(k.shape), dv.view(v.shape))
 
 
 def _chunks(

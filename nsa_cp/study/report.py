@@ -46,6 +46,7 @@ def write_report(name: str, scale: str, runs: Path, folder: Path, changes: Seque
     study = build_study(name, scale, corpus=Corpus(digest="", num_packages=(0, 0, 0), num_bytes=(0, 0, 0)))
     study = change_settings(study, changes)
     of_table, records = len(records), current_runs(study, records)
+    elsewhere = sum(record["status"] == "done" and record["scale"] == scale for record in everything.values()) - of_table
     if not records:
         raise UserError(f"{runs} has {of_table} runs of the newest table, none of an arm as it is defined now; make them again")
     results = arrange(study, records)
@@ -57,6 +58,8 @@ def write_report(name: str, scale: str, runs: Path, folder: Path, changes: Seque
     text = list(_page(study, records, results, plots, failed, changes))
     if of_table > len(records):
         text += ["", f"Left out: {of_table - len(records)} runs of arms that were defined otherwise then."]
+    if elsewhere:
+        text += ["", f"Left out: {elsewhere} runs of other tables (other stages, training settings or text)."]
     page.write_text("\n".join(text) + "\n", encoding="utf-8")
     return [page, table, *plots]
 
@@ -77,7 +80,8 @@ def _page(
     yield (
         f"Written by `nsa-cp study {study.name} {options} --report` from {len(records)} runs, table "
         f"`{records[0]['table']}`, made on {'; '.join(machines)}. The runs' times add up to {minutes:.1f} minutes, several at "
-        f"a time. Every run: [{study.name}.csv]({study.name}.csv); what the tasks and arms are: [README](README.md)."
+        f"a time. Every run: [{study.name}.csv]({study.name}.csv); what the tasks, the arms, recall and mass are: "
+        f"`docs/learning/README.md`."
     )
     yield ""
     yield from _settings(records[0]["settings"])
@@ -214,7 +218,7 @@ def _differences(study: Study, results: dict[str, ArmResult], pairs: Sequence[tu
 def _attention(results: dict[str, ArmResult]) -> Iterator[str]:
     yield "## Gates and selections after training"
     yield ""
-    yield "By layer, means over seeds. Gates: compressed / selected / window. What recall and mass are: [README](README.md)."
+    yield "By layer, means over seeds. Gates: compressed / selected / window."
     yield ""
     yield "| arm | gates | agreement of neighbours | recall of dense attention's best blocks | dense mass in chosen blocks |"
     yield "|---|---|---|---|---|"

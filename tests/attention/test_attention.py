@@ -199,6 +199,20 @@ def test_a_gate_temperature_divides_the_logits() -> None:
     assert torch.equal(answers(10.0, closed)[1][..., 1], torch.zeros_like(logits[..., 1]))
 
 
+@pytest.mark.parametrize("documents", [0, [0, 0]])
+def test_a_pack_without_tokens(documents: int | list[int]) -> None:
+    """Values and gradients are empty, and weights get gradients of zero, not none: other ranks may have tokens."""
+    module, layout = _module(), SequenceLayout.build(documents)
+    q, k, v, logits = _module_inputs(0)
+    leaves = [x.requires_grad_() for x in (q, *k, *v, logits)]
+    out = module(q, k, v, logits, layout)
+    dense = full_attention(q, k[0], v[0], layout) + sliding_window_attention(q, k[0], v[0], layout, window_size=3)
+    assert out.shape == dense.shape == (0, 4, 12)
+    (out + dense).sum().backward()
+    assert all(x.grad is not None and x.grad.shape == x.shape for x in leaves)
+    assert all(weight.grad is not None and not weight.grad.any() for weight in module.parameters())
+
+
 def _compressor_weights() -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     module = _module()
     return module.k_compressor.weights, module.v_compressor.weights
@@ -221,7 +235,20 @@ def test_gradients_reach_every_compressor_parameter() -> None:
     [
         (lambda: NativeSparseAttention(CONFIG, num_attention_heads=5, num_query_groups=2, qk_dim=8), "5 is not"),
         (lambda: NativeSparseAttention(CONFIG, num_attention_heads=4, num_query_groups=2, qk_dim=0), "at least 1 channel"),
-        (lambda: _module()(*_module_inputs(24), None), r"layout is None; .*SequenceLayout.build\(S\)"),
+        (lambda: _module()(*_module_inputs(24), None), r"layout is NoneType, .*SequenceLayout.build\(S\)"),
+        (lambda: _module()(*_module_inputs(24), [0, 24]), r"layout is list, .*SequenceLayout.build\(\[0, ..., S\]\)"),
+        (lambda: window(*_inputs(24)[:3], 24, None), "layout is int, not SequenceLayout"),
+        (lambda: _module()(*_inputs(24), SequenceLayout.build(24)), "takes 3 key and value tensors, got a tensor"),
+        (
+            lambda: NativeSparseAttention(
+                CONFIG, num_attention_heads=4, num_query_groups=2, qk_dim=16, rotary=RotaryConfig(percent=0.1)
+            ),
+            "percent = 0.1 of 16 channels rotates none",
+        ),
+        (
+            lambda: full_attention(*_inputs(24)[:3], SequenceLayout.build(24), rotary=RotaryConfig(percent=0.1)),
+            "percent = 0.1 of 16 channels rotates none",
+        ),
         (lambda: RotaryConfig(base=float("nan")), "rotary base = nan must be positive"),
         (lambda: window(*_inputs(20)[:3], SequenceLayout.build(24), None), "20 rows.* 24"),
         (lambda: full(*_inputs(24)[:3], SequenceLayout.build(48, cp_size=2), None), "cut for 2 ranks, the process group has 1"),

@@ -117,6 +117,10 @@ def test_settings_changed_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
     page = Path("pages/mqar.md").read_text()
     assert "`nsa-cp study mqar --scale tiny --set nsa.gate_temperature=3 " in page and "| nsa |" in page
 
+    # Other training settings make another table, which the page of the newest one mentions.
+    assert study("mqar", *common) == 0 and study("mqar", "--report", "--docs", "pages") == 0
+    assert "Left out: 2 runs of other tables" in Path("pages/mqar.md").read_text()
+
 
 def test_every_arm_trains(capsys: pytest.CaptureFixture[str]) -> None:
     assert study("mqar", "--lrs", "0.004", "--seeds", "1") == 0
@@ -146,7 +150,7 @@ def test_a_part_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
         (["study", "mqar", "--set", "nsa.windows=8"], "--set nsa.windows=8: there is no setting 'windows' here, only compress_b"),
         (["study", "mqar", "--set", "model.nsa=8"], "--set model.nsa=8: there is no setting 'nsa' here, only vocab_size"),
         (["study", "mqar", "--set", "nsa.window_size=wide"], "--set nsa.window_size=wide: Input should be a valid integer"),
-        (["study", "mqar", "--set", "nsa.compress_stride=5"], "--set: compress_block_size = 16 is not a multiple of compress_stride = 5"),
+        (["study", "mqar", "--set", "nsa.compress_stride=5"], "--set: compress_block_size = 16 is not a multiple of compress_"),
         (["study", "mqar", "--set", "model.hidden_size=-8"], "--set: "),
         (["study", "mqar", "--workers", "-1"], "--workers = -1 is too small"),
         (["study", "mqar", "--seeds", "0"], "--seeds = 0 is too small"),
