@@ -14,20 +14,21 @@ from nsa_cp.megatron.layout import check_sequence_length, make_packed_seq_params
 
 
 def shard_batch(
-    batch: Mapping[str, Tensor],
+    batch: Mapping[str, Tensor | None],
     config: NSATransformerConfig,
     *,
     cp_rank: int,
     cu_seqlens: Sequence[int] | None = None,
     settings: AttentionSettings | None = None,
-) -> tuple[dict[str, Tensor], PackedSeqParams | None]:
+) -> tuple[dict[str, Tensor | None], PackedSeqParams | None]:
     """Slice a global batch for one context-parallel rank; the same on all tensor-parallel ranks. No communication.
 
     For the zigzag layout and a plain batch this does what Megatron's ``get_batch_on_this_cp_rank`` does; the contiguous layout
     and packed documents work, too.
 
     Args:
-        batch: tensors [b, s] or [b, s, ...] by name (tokens, labels, loss_mask, ...), whole sequences on every rank.
+        batch: tensors [b, s] or [b, s, ...] by name (tokens, labels, loss_mask, ...), whole sequences on every rank; None
+            (Megatron's batches often have no attention mask) stays None.
         config: the model's settings; ``context_parallel_size`` is the number of ranks.
         cp_rank: the context-parallel rank to slice for.
         cu_seqlens: borders 0, ..., s of packed documents as host integers (b must be 1); None for b sequences of s tokens.
@@ -43,11 +44,12 @@ def shard_batch(
     """
     nsa = (config.attention_settings if settings is None else settings).nsa
     cp_size = config.context_parallel_size
-    shapes = {name: tuple(tensor.shape[:2]) for name, tensor in batch.items()}
+    tensors = {name: tensor for name, tensor in batch.items() if tensor is not None}
+    shapes = {name: tuple(tensor.shape[:2]) for name, tensor in tensors.items()}
     if len(set(shapes.values())) != 1:
         raise ValueError(f"the tensors of a batch must share [batch, sequence], got {shapes}")
     size, length = next(iter(shapes.values()))
-    device = next(iter(batch.values())).device
+    device = next(iter(tensors.values())).device
     if cu_seqlens is None:
         shared = config.tensor_model_parallel_size if config.sequence_parallel else 1
         check_sequence_length(length, nsa.layout, cp_size, shared)
@@ -58,8 +60,8 @@ def shard_batch(
         check_pack(layout, size, length, config)
         packed = make_packed_seq_params(layout.cu_seqlens, device)
     rows = torch.from_numpy(layout.local_rows).to(device)
-    local = {name: tensor.index_select(1, rows) for name, tensor in batch.items()}
-    if "position_ids" not in local:
+    local = {name: None if tensor is None else tensor.index_select(1, rows) for name, tensor in batch.items()}
+    if local.get("position_ids") is None:
         local["position_ids"] = torch.from_numpy(layout.local_positions).to(device).expand(size, -1)
     return local, packed
 

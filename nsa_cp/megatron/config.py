@@ -21,6 +21,8 @@ FIXED_FIELDS: tuple[tuple[str, Any, str], ...] = (
     ("qk_layernorm", False, "queries and keys are not normalised"),
     ("qk_l2_norm", False, "queries and keys are not normalised"),
     ("qk_clip", False, "attention logits are not clipped"),
+    ("log_max_attention_logit", False, "kernels do not report their logits"),
+    ("use_kitchen_attention", False, "attention is this library's"),
     ("softmax_scale", None, "the scale is 1/sqrt(kv_channels)"),
     ("softmax_type", "vanilla", "there is no attention sink"),
     ("window_size", None, "the window's width is nsa.window_size, its layers those called 'window' in layer_pattern"),
@@ -39,6 +41,7 @@ FIXED_FIELDS: tuple[tuple[str, Any, str], ...] = (
     ("fine_grained_activation_offloading", False, "use activation recompute to save memory"),
     ("cuda_graph_impl", "none", "the index structures of a pack are made on the host"),
     ("enable_cuda_graph", False, "the index structures of a pack are made on the host"),
+    ("external_cuda_graph", False, "the index structures of a pack are made on the host"),
     ("init_model_with_meta_device", False, "weights are drawn where they are allocated"),
     ("mtp_num_layers", None, "multi-token prediction cuts sequences by itself"),
     ("flash_decode", False, "there is no inference path"),
@@ -100,6 +103,9 @@ class NSATransformerConfig(TransformerConfig):
     def __post_init__(self) -> None:
         self.layer_pattern = self.attention_settings.layer_pattern
         check_transformer_config(self, self.attention_settings)
+        # Layers of different kinds have parameters of different shapes, so Megatron must save each layer under keys of its own.
+        # (The field's name is Megatron's spelling.)
+        self.hetereogenous_dist_checkpoint = True
         super().__post_init__()
 
     @property

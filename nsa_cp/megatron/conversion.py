@@ -16,7 +16,11 @@ from nsa_cp.megatron.self_attention import NSASelfAttention
 
 # Settings on which the meaning of the weights depends: _EQUAL must be equal in both models, _EQUAL_IN_NSA in layers that are nsa
 # in both; those in _ACCEPTED must have, in the dense model, the only value that NSA layers accept (FIXED_FIELDS).
-_EQUAL = ("num_attention_heads", "num_query_groups", "kv_channels", "layernorm_epsilon", "activation_func")
+_EQUAL = (
+    "num_attention_heads", "num_query_groups", "kv_channels", "layernorm_epsilon", "activation_func", "gated_linear_unit",
+    "activation_func_clamp_value", "glu_linear_offset", "moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax",
+    "moe_router_topk_scaling_factor",
+)  # fmt: skip
 _EQUAL_IN_NSA = ("compressed_rope", "gate_temperature")
 _ACCEPTED = {
     "multi_latent_attention", "attention_output_gate", "qk_layernorm", "qk_l2_norm", "softmax_scale", "softmax_type",
@@ -138,9 +142,27 @@ def _check_settings(chunk: Module, dense: Module) -> None:
 
 
 def _rotary(dense: Module) -> RotaryConfig | None:
-    """The rotary embedding of a model with this library's layers or with Megatron's own; None if it has none."""
+    """The rotary embedding of a model with this library's layers or with Megatron's own; None if it has none.
+
+    Raises:
+        ValueError: one that RotaryConfig cannot describe.
+    """
     if (attention := _first_attention(dense)) is not None:
         return attention.settings.rotary
-    if getattr(dense, "position_embedding_type", "none") != "rope":
+    kind = getattr(dense, "position_embedding_type", "none")
+    if kind in ("none", "learned_absolute"):
         return None
-    return RotaryConfig(base=dense.rotary_base, percent=dense.rotary_percent)
+    if kind != "rope":
+        raise ValueError(f"the dense model has position_embedding_type = {kind!r}; NSA layers rotate as 'rope' does")
+    rotary = RotaryConfig(base=dense.rotary_base, percent=dense.rotary_percent)
+    embedding = dense.rotary_pos_emb
+    if (factor := embedding.seq_len_interpolation_factor) not in (None, 1):
+        raise ValueError(f"the dense model divides positions by seq_len_interpolation_factor = {factor}, which NSA layers do not")
+    frequencies = embedding.inv_freq.double()
+    plain = rotary.base ** (-torch.arange(len(frequencies), dtype=torch.float64, device=frequencies.device) / len(frequencies))
+    if not torch.allclose(frequencies, plain, rtol=1e-4, atol=0):
+        raise ValueError(
+            f"the dense model's rotary frequencies are not those of rotary_base = {rotary.base} (rope_scaling?); NSA layers "
+            "rotate by unscaled ones"
+        )
+    return rotary

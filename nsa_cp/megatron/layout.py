@@ -13,9 +13,10 @@ from torch.distributed import ProcessGroup
 from nsa_cp.config import LayoutKind
 from nsa_cp.context_parallel import SequenceLayout, group_rank, group_size
 
-# Attribute that caches a PackedSeqParams' borders on the host, so that they are copied from the device once a microbatch and not
-# once a layer. The object lives exactly as long as the microbatch.
+# Attribute that caches a PackedSeqParams' borders on the host, with what they were read from, so that they are copied from the
+# device once a microbatch and not once a layer.
 _BORDERS = "_nsa_cp_borders"
+_BORDER_FIELDS = ("cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded")
 
 
 def sequence_layout(
@@ -59,14 +60,15 @@ def sequence_layout(
 
 
 def packed_borders(packed_seq_params: PackedSeqParams) -> tuple[int, ...]:
-    """Document borders of a pack as host integers, the padded ones if given. Copied from the device once per object.
+    """Document borders of a pack as host integers, the padded ones if given. Copied from the device once per object, and again
+    if its tensors have been replaced or overwritten since.
 
     Raises:
         ValueError: a format other than thd, no borders, or different borders of queries and keys.
     """
-    remembered = getattr(packed_seq_params, _BORDERS, None)
-    if remembered is not None:
-        return remembered
+    tensors, remembered = _border_tensors(packed_seq_params), getattr(packed_seq_params, _BORDERS, None)
+    if remembered is not None and _are_same(remembered[0], tensors):
+        return remembered[1]
     if packed_seq_params.qkv_format != "thd":
         raise ValueError(f"packed_seq_params.qkv_format = {packed_seq_params.qkv_format!r} is not supported; use 'thd'")
     queries, keys = (_host_borders(packed_seq_params, side) for side in ("q", "kv"))
@@ -74,7 +76,7 @@ def packed_borders(packed_seq_params: PackedSeqParams) -> tuple[int, ...]:
         raise ValueError("packed_seq_params has no cu_seqlens_q; give the documents' borders")
     if keys is not None and keys != queries:
         raise ValueError("packed_seq_params has different borders for queries and keys; self-attention needs the same")
-    setattr(packed_seq_params, _BORDERS, queries)
+    setattr(packed_seq_params, _BORDERS, (tensors, queries))
     return queries
 
 
@@ -86,7 +88,7 @@ def make_packed_seq_params(cu_seqlens: Sequence[int], device: torch.device | str
     params = PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=on_device, cu_seqlens_kv=on_device, max_seqlen_q=longest, max_seqlen_kv=longest
     )
-    setattr(params, _BORDERS, borders)
+    setattr(params, _BORDERS, (_border_tensors(params), borders))
     return params
 
 
@@ -112,6 +114,17 @@ def check_sequence_length(length: int, kind: LayoutKind, cp_size: int, sequence_
             f"sequence length {length} is not a multiple of {parts} for the {kind} layout; pad to "
             f"{max(-(-length // multiple), 1) * multiple}"
         )
+
+
+def _border_tensors(packed_seq_params: PackedSeqParams) -> list[tuple[torch.Tensor | None, int]]:
+    """The tensors that describe a pack, each with its version: PyTorch counts a tensor's changes in place, but those made under
+    ``torch.inference_mode``."""
+    tensors = [getattr(packed_seq_params, name, None) for name in _BORDER_FIELDS]
+    return [(x, 0 if x is None or x.is_inference() else x._version) for x in tensors]
+
+
+def _are_same(ours: list[tuple[torch.Tensor | None, int]], theirs: list[tuple[torch.Tensor | None, int]]) -> bool:
+    return all(x is y and version == other for (x, version), (y, other) in zip(ours, theirs, strict=True))
 
 
 def _host_borders(packed_seq_params: PackedSeqParams, side: str) -> tuple[int, ...] | None:

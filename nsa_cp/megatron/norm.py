@@ -25,5 +25,8 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., hidden_size] to the same shape and dtype."""
+        """[..., hidden_size] to the same shape. With a half-precision weight the result has its dtype, also where the residual
+        stream is float32 (Megatron's ``fp32_residual_connection``)."""
+        if x.dtype != self.weight.dtype and self.weight.dtype in (torch.bfloat16, torch.float16):
+            return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(self.weight.dtype)
         return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)

@@ -18,8 +18,18 @@ def close_selected_branches(chunks: Iterable[Module]) -> None:
 
     Args:
         chunks: this process's model chunks, wrapped or not.
+
+    Raises:
+        ValueError: there is no window whose keys and values the branch could open with; nothing has been closed then.
     """
-    for layer in _layers(chunks):
+    layers = _layers(chunks)
+    for layer in layers:
+        if layer.layer_type == "nsa" and layer.settings.nsa.window_size == 0 and not layer.settings.nsa.shared_kv:
+            raise ValueError(
+                "the selected branch opens with the window's keys and values, but window_size = 0 leaves those untrained; use "
+                "shared_kv=True or a window of at least 1"
+            )
+    for layer in layers:
         layer.close_selected()
 
 

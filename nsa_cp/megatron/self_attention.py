@@ -61,8 +61,7 @@ class NSASelfAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.settings = settings_of(config, settings)
-        # Layers of different kinds have parameters of different shapes, so Megatron must save each layer under keys of its own.
-        # (The field's name is Megatron's spelling.)
+        # NSATransformerConfig has it from the start, and says why; a plain config gets it here.
         config.hetereogenous_dist_checkpoint = True
         self.layer_number = layer_number
         self.layer_type = self.settings.layer_type(layer_number)

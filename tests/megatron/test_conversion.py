@@ -157,7 +157,8 @@ def test_layers_that_are_nsa_already_are_taken_as_they_are(workers: Workers) -> 
 @pytest.mark.parametrize(("sparse", "gates"), [(SPARSE.with_nsa(window_size=0), 1.0), (SPARSE, 1.5)])
 def test_only_branches_that_are_open_count(workers: Workers, sparse: Model, gates: float) -> None:
     sparse = sparse.with_extra(layer_pattern=("nsa",))
-    for closed, total in ((False, gates), (True, gates - 0.5)):
+    # Without a window there is nothing that a closed branch could open with.
+    for closed, total in ((False, gates), (True, gates - 0.5))[: 2 if sparse.nsa.window_size else 1]:
         ((found, _),) = workers(1).run(_converted, sparse, DENSE, closed)
         _, after, dense = found["decoder.layers.0.self_attention.linear_proj.weight"]
         torch.testing.assert_close(after, dense / total)
@@ -209,3 +210,39 @@ def test_what_megatron_can_and_nsa_does_not_is_refused(workers: Workers) -> None
     (told,) = workers(1).run(_megatrons_refusals)
     names = ("rotary_interleaved = True", "qk_l2_norm = True", "softmax_scale = 0.5")
     assert all(message.startswith(f"the dense model has {name}, which NSA") for message, name in zip(told, names, strict=True))
+
+
+def _other_meanings(rank: int, world: int) -> list[str]:
+    """What the weights of a dense model are refused for whose positions or MLP mean something else."""
+    from nsa_cp.megatron import copy_dense_weights
+
+    def scaled(model: Any) -> None:
+        model.rotary_pos_emb.inv_freq = model.rotary_pos_emb.inv_freq.clone()
+        model.rotary_pos_emb.inv_freq[-1] /= 8  # as rope_scaling does with slow rotations
+
+    changes: list[Callable[[Any], None]] = [
+        scaled,
+        lambda model: setattr(model.rotary_pos_emb, "seq_len_interpolation_factor", 4.0),
+        lambda model: setattr(model, "position_embedding_type", "yarn"),
+        lambda model: setattr(model.config, "activation_func_clamp_value", 1.0),
+        lambda model: setattr(model.config, "glu_linear_offset", 1.0),
+    ]
+    told = []
+    with harness.megatron(Parallel()):
+        for change in changes:
+            source = _megatron_model(DENSE, Parallel())
+            _, model = harness.build(SPARSE, Parallel())
+            before = [parameter.clone() for parameter in model[0].parameters()]
+            change(source)
+            with pytest.raises(ValueError) as caught:
+                copy_dense_weights(model, [source])
+            assert all(torch.equal(old, new) for old, new in zip(before, model[0].parameters(), strict=True))
+            told.append(str(caught.value))
+    return told
+
+
+def test_dense_weights_that_mean_something_else_are_refused(workers: Workers) -> None:
+    (told,) = workers(1).run(_other_meanings)
+    messages = ("rotary frequencies are not those of", "seq_len_interpolation_factor = 4.0", "position_embedding_type = 'yarn'")
+    messages += ("activation_func_clamp_value = None, and 1.0", "glu_linear_offset = 0.0, and 1.0")
+    assert all(message in text for text, message in zip(told, messages, strict=True)), told

@@ -191,6 +191,14 @@ def test_layer_spec_object_serves_a_plain_transformer_config(workers: Workers, r
     assert loss == pytest.approx(expected["plain"].loss, rel=1e-6)
 
 
+@pytest.mark.parametrize("three_values", [False, True])
+def test_what_a_loss_function_has_to_return(workers: Workers, three_values: bool) -> None:
+    """As docs/megatron.md says: of two values, the loss by the count of all ranks; of three, this rank's own sum and count."""
+    model = replace(INDEPENDENT, dtype=torch.float32).with_extra(calculate_per_token_loss=three_values)
+    one, two = (workers(cp).run(harness.gradient_norm_of_step, model, three_values)[0] for cp in (1, 2))
+    assert two == pytest.approx(one, rel=ROUNDED)
+
+
 def test_forward_refuses_what_it_would_ignore(workers: Workers) -> None:
     messages = workers(1).run(harness.forward_refusals, INDEPENDENT)[0]
     assert 'position_embedding_type="none"' in messages["rotary_pos_emb"]

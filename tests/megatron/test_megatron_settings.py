@@ -26,6 +26,7 @@ from nsa_cp.megatron import (
     shard_batch,
 )
 from nsa_cp.megatron.layout import packed_borders
+from nsa_cp.megatron.norm import RMSNorm
 
 CUDA_CALLS = (
     (torch.cuda, "current_device"),
@@ -73,6 +74,8 @@ def test_impossible_shapes_are_refused(changes: dict[str, Any], message: str) ->
         ("attention_output_gate", True),
         ("qk_layernorm", True),
         ("qk_clip", True),
+        ("external_cuda_graph", True),
+        ("use_kitchen_attention", True),
         ("softmax_scale", 0.5),
         ("softmax_type", "learnable"),
         ("window_size", (128, 0)),
@@ -207,6 +210,43 @@ def test_borders_are_copied_to_the_host_once(monkeypatch: pytest.MonkeyPatch) ->
     assert len(copies) == 2
     layouts = [sequence_layout("zigzag", None, local_length=32, packed_seq_params=packed) for _ in range(3)]
     assert len(copies) == 2 and layouts[0] is layouts[2]
+
+
+@pytest.mark.parametrize("change", ["in place", "assigned"])
+def test_borders_that_change_are_read_again(change: str) -> None:
+    """The next microbatch's in the same object."""
+    packed, following = make_packed_seq_params((0, 8, 20), "cpu"), torch.tensor([0, 12, 20], dtype=torch.int32)
+    for _ in range(2):
+        assert packed_borders(packed) == (0, 8, 20)
+    if change == "in place":
+        packed.cu_seqlens_q.copy_(following)
+    else:
+        packed.cu_seqlens_q = packed.cu_seqlens_kv = following
+    for _ in range(2):
+        assert packed_borders(packed) == (0, 12, 20)
+    with torch.inference_mode():
+        assert packed_borders(make_packed_seq_params((0, 4), "cpu")) == (0, 4)
+
+
+def test_what_is_none_in_a_batch_stays_none() -> None:
+    batch = {"tokens": torch.arange(8)[None], "attention_mask": None, "position_ids": None}
+    local, _ = shard_batch(batch, config(context_parallel_size=2), cp_rank=0)
+    assert local["attention_mask"] is None
+    assert local["tokens"].tolist() == local["position_ids"].tolist() == [[0, 1, 6, 7]]
+    with pytest.raises(ValueError, match="must share"):
+        shard_batch({"attention_mask": None}, config(), cp_rank=0)
+
+
+def test_norm_of_a_float32_residual_stream_has_the_weights_dtype() -> None:
+    norm = RMSNorm(config(params_dtype=torch.bfloat16), 32)
+    x = torch.randn(5, 32)
+    expected = torch.nn.functional.rms_norm(x, (32,), eps=1e-5)
+    assert norm(x).dtype == norm(x.bfloat16()).dtype == torch.bfloat16
+    torch.testing.assert_close(norm(x), expected.bfloat16())
+
+
+def test_layers_of_several_kinds_are_saved_under_keys_of_their_own() -> None:
+    assert config().hetereogenous_dist_checkpoint, "not only once a layer has been built"
 
 
 def test_packs_of_another_format_are_refused() -> None:
