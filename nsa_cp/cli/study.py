@@ -30,13 +30,23 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--time-limit", type=seconds, metavar="SECONDS", help="when no run starts any more and those at work give up"
     )
     study.add_argument(
-        "--only", nargs="+", default=[], metavar="KEY=A,B", help="a part of the table: arm=nsa,full lr=0.004 seed=0"
+        "--only",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=A,B",
+        help="a part of the table: arm=nsa,full lr=0.004 seed=0",
     )
     study.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1 in place of the study's")
     study.add_argument("--lrs", type=factor, nargs="+", metavar="LR", help="learning rates in place of the study's")
     study.add_argument("--steps-scale", type=factor, default=1.0, metavar="X", help="X times the steps of every stage")
     study.add_argument(
-        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings for every arm: nsa.window_size=256 model.num_layers=2"
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="settings for every arm: nsa.window_size=256 model.num_layers=2",
     )
     study.add_argument("--device", default="", help="cuda or cpu; default: cuda where it is there")
     study.add_argument(

@@ -18,8 +18,12 @@ from nsa_cp.megatron.self_attention import NSASelfAttention
 # in both; those in _ACCEPTED must have, in the dense model, the only value that NSA layers accept (FIXED_FIELDS).
 _EQUAL = (
     "num_attention_heads", "num_query_groups", "kv_channels", "layernorm_epsilon", "activation_func", "gated_linear_unit",
-    "activation_func_clamp_value", "glu_linear_offset", "moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax",
-    "moe_router_topk_scaling_factor",
+    "activation_func_clamp_value", "glu_linear_offset", "num_moe_experts",
+)  # fmt: skip
+# With experts also these, on which their router's choice depends.
+_EQUAL_WITH_EXPERTS = (
+    "moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor",
+    "moe_router_num_groups", "moe_router_group_topk", "moe_router_load_balancing_type",
 )  # fmt: skip
 _EQUAL_IN_NSA = ("compressed_rope", "gate_temperature")
 _ACCEPTED = {
@@ -119,7 +123,7 @@ def _first_attention(model: Module) -> NSASelfAttention | None:
 
 def _check_settings(chunk: Module, dense: Module) -> None:
     ours, theirs = chunk.config, dense.config
-    for name in _EQUAL:
+    for name in (*_EQUAL, *(_EQUAL_WITH_EXPERTS if ours.num_moe_experts else ())):
         own, other = getattr(ours, name), getattr(theirs, name)
         if own != other:
             raise ValueError(f"{name} = {own}, and {other} in the dense model; {_BUILD_ALIKE}")

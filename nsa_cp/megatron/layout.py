@@ -117,8 +117,8 @@ def check_sequence_length(length: int, kind: LayoutKind, cp_size: int, sequence_
 
 
 def _border_tensors(packed_seq_params: PackedSeqParams) -> list[tuple[torch.Tensor | None, int]]:
-    """The tensors that describe a pack, each with its version: PyTorch counts a tensor's changes in place, but those made under
-    ``torch.inference_mode``."""
+    """The tensors that describe a pack, each with its version: PyTorch counts a tensor's changes in place, but not those
+    made through ``.data`` or numpy, nor those of inference tensors."""
     tensors = [getattr(packed_seq_params, name, None) for name in _BORDER_FIELDS]
     return [(x, 0 if x is None or x.is_inference() else x._version) for x in tensors]
 

@@ -18,18 +18,8 @@ def close_selected_branches(chunks: Iterable[Module]) -> None:
 
     Args:
         chunks: this process's model chunks, wrapped or not.
-
-    Raises:
-        ValueError: there is no window whose keys and values the branch could open with; nothing has been closed then.
     """
-    layers = _layers(chunks)
-    for layer in layers:
-        if layer.layer_type == "nsa" and layer.settings.nsa.window_size == 0 and not layer.settings.nsa.shared_kv:
-            raise ValueError(
-                "the selected branch opens with the window's keys and values, but window_size = 0 leaves those untrained; use "
-                "shared_kv=True or a window of at least 1"
-            )
-    for layer in layers:
+    for layer in _layers(chunks):
         layer.close_selected()
 
 
@@ -45,12 +35,18 @@ def open_selected_branches(chunks: Sequence[Module], optimizer: Any) -> None:
         optimizer: Megatron's optimizer of these chunks.
 
     Raises:
-        ValueError: an optimizer that cannot take over weights from the model; nothing has been opened then.
+        ValueError: an optimizer that cannot take over weights from the model, or no window to take them from; nothing has been
+            opened then.
     """
     closed = [layer for layer in _layers(chunks) if not layer.selected_is_open]
     if not closed:
         return
     copies = not closed[0].settings.nsa.shared_kv
+    if copies and closed[0].settings.nsa.window_size == 0:
+        raise ValueError(
+            "the selected branch opens with the window's keys and values, but window_size = 0 leaves those untrained; use "
+            "shared_kv=True or a window of at least 1"
+        )
     if copies and getattr(optimizer.config, "use_precision_aware_optimizer_no_fp8_or_ds_fp8", False):
         raise ValueError(
             "use_precision_aware_optimizer=True keeps main weights that would overwrite what the selected branch begins with; "

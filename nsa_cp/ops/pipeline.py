@@ -441,8 +441,10 @@ def _check_inputs(
     group: dist.ProcessGroup | None,
 ) -> None:
     wanted = f"shared_kv = {config.shared_kv} takes {config.num_branch_kv} key and value tensors"
-    if isinstance(k, torch.Tensor) or isinstance(v, torch.Tensor):
-        raise ValueError(f"{wanted}, got a tensor; give a list with one for each branch")
+    # Branches stacked in one tensor serve as a list; one branch's tensor does not.
+    for x in (k, v):
+        if isinstance(x, torch.Tensor) and x.dim() != 4:
+            raise ValueError(f"{wanted}, got a tensor {tuple(x.shape)}; give a list with one for each branch")
     if len(k) != config.num_branch_kv or len(v) != config.num_branch_kv:
         raise ValueError(f"{wanted}, got {len(k)} and {len(v)}")
     check_group(layout, group)

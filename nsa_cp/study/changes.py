@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass, replace
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 from nsa_cp.study.model import Decoder
 from nsa_cp.study.table import Study
@@ -37,11 +37,13 @@ def change_settings(study: Study, changes: Sequence[str]) -> Study:
 def _changed(study: Study, values: Mapping[str, Mapping[str, Any]]) -> Study:
     try:
         model = replace(study.model, nsa=replace(study.model.nsa, **values["nsa"]), **values["model"])
-        # Not every combination is checked before a model is built, and no run should start with one that cannot be.
+        if model.nsa.window_size < 1:
+            raise ValueError(f"nsa.window_size = {model.nsa.window_size}, but several arms are about the window; use at least 1")
+        # Some combinations are refused only by the model.
         Decoder(model, seed=0)
-    except (ValueError, RuntimeError, ZeroDivisionError) as error:
+        return replace(study, model=model, train=replace(study.train, **values["train"]))
+    except (ValueError, RuntimeError) as error:
         raise UserError(f"--set: {str(error).splitlines()[0]}") from error
-    return replace(study, model=model, train=replace(study.train, **values["train"]))
 
 
 def _parsed(section: Any, change: str, field: str, text: str) -> Any:
@@ -49,7 +51,8 @@ def _parsed(section: Any, change: str, field: str, text: str) -> Any:
     # Here, because the studies need it for nothing else.
     from pydantic import TypeAdapter, ValidationError
 
-    fields = {name: hint for name, hint in get_type_hints(type(section)).items() if not is_dataclass(hint)}
+    hints = get_type_hints(type(section)).items()
+    fields = {name: hint for name, hint in hints if not is_dataclass(hint) and get_origin(hint) is not tuple}
     if field not in fields:
         raise UserError(f"--set {change}: there is no setting {field!r} here, only {', '.join(fields)}")
     try:

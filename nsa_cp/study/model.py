@@ -43,6 +43,9 @@ class ModelSettings:
         gates_from: first stage of training in which the gates learn. Before, they are exactly one half.
         dense_until: first stage of training in which attention is sparse. Before, it is dense, with the model's queries and the
             first branch's keys and values; then ``nsa`` begins with these, as :func:`nsa_cp.megatron.copy_dense_weights` does.
+
+    Raises:
+        ValueError: a size that is out of range.
     """
 
     vocab_size: int
@@ -62,6 +65,14 @@ class ModelSettings:
     dense_until: int = 0
     nsa: NSAConfig = field(default_factory=NSAConfig)
     rotary: RotaryConfig = field(default_factory=RotaryConfig)
+
+    def __post_init__(self) -> None:
+        names = ("vocab_size", "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
+        for name in (*names, "ffn_hidden_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if self.num_outputs is not None and not 1 <= self.num_outputs <= self.vocab_size:
+            raise ValueError(f"num_outputs = {self.num_outputs} must be from 1 to vocab_size = {self.vocab_size}")
 
 
 class SelfAttention(nn.Module):

@@ -9,7 +9,7 @@ from typing import Any
 from nsa_cp.study.changes import change_settings
 from nsa_cp.study.corpus import Corpus
 from nsa_cp.study.plots import plot_study
-from nsa_cp.study.results import ArmResult, arrange, current_runs, difference, newest_table, write_csv
+from nsa_cp.study.results import ArmResult, arrange, current_runs, difference, newest_table, trained_alike, write_csv
 from nsa_cp.study.statistics import Interval, verdict
 from nsa_cp.study.store import Record, RunStore
 from nsa_cp.study.studies import build_study
@@ -39,14 +39,18 @@ def write_report(name: str, scale: str, runs: Path, folder: Path, changes: Seque
     Raises:
         UserError: the file has no finished run of that scale, or none of an arm as it is defined now (and changed).
     """
-    everything = RunStore(runs).load()
-    records = newest_table(everything.values(), scale)
-    if not records:
-        raise UserError(f"{runs} has no finished run of scale {scale}; make some first: nsa-cp study {name} --scale {scale}")
     study = build_study(name, scale, corpus=Corpus(digest="", num_packages=(0, 0, 0), num_bytes=(0, 0, 0)))
     study = change_settings(study, changes)
+    everything = RunStore(runs).load()
+    done = [record for record in everything.values() if record["status"] == "done" and record["scale"] == scale]
+    records = newest_table(trained_alike(study, done), scale)
+    if not records:
+        raise UserError(
+            f"{runs} has no finished run of scale {scale} with these training settings; make some first: nsa-cp study {name} "
+            f"--scale {scale}"
+        )
+    elsewhere = len(done) - len(records)
     of_table, records = len(records), current_runs(study, records)
-    elsewhere = sum(record["status"] == "done" and record["scale"] == scale for record in everything.values()) - of_table
     if not records:
         raise UserError(f"{runs} has {of_table} runs of the newest table, none of an arm as it is defined now; make them again")
     results = arrange(study, records)

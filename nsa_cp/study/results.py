@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,12 @@ def newest_table(records: Iterable[Record], scale: str) -> list[Record]:
         return []
     newest = max(done, key=lambda record: record["finished"])["table"]
     return [record for record in done if record["table"] == newest]
+
+
+def trained_alike(study: Study, records: Iterable[Record]) -> list[Record]:
+    """The records whose training settings are the study's."""
+    wanted = json.loads(json.dumps(asdict(study.train)))
+    return [record for record in records if record["settings"]["train"] == wanted]
 
 
 def current_runs(study: Study, records: Iterable[Record]) -> list[Record]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -25,6 +26,9 @@ class TrainSettings:
     Args:
         eval_every: steps between validations.
         precision: of the forward and of attention; weights and optimizer are float32.
+
+    Raises:
+        ValueError: a number that is out of range.
     """
 
     warmup_steps: int = 50
@@ -33,6 +37,12 @@ class TrainSettings:
     clip_norm: float = 1.0
     eval_every: int = 50
     precision: Literal["bfloat16", "float32"] = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0 or self.eval_every < 1:
+            raise ValueError(f"warmup_steps = {self.warmup_steps} and eval_every = {self.eval_every} must be at least 0 and 1")
+        if not (0 <= self.weight_decay < math.inf and 0 < self.clip_norm):
+            raise ValueError(f"weight_decay = {self.weight_decay} and clip_norm = {self.clip_norm} must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)

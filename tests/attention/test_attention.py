@@ -199,6 +199,12 @@ def test_a_gate_temperature_divides_the_logits() -> None:
     assert torch.equal(answers(10.0, closed)[1][..., 1], torch.zeros_like(logits[..., 1]))
 
 
+def test_branches_may_come_stacked_in_one_tensor() -> None:
+    module, layout = _module(), SequenceLayout.build(96)
+    q, k, v, logits = _module_inputs(96)
+    assert torch.equal(module(q, torch.stack(k), torch.stack(v), logits, layout), module(q, k, v, logits, layout))
+
+
 @pytest.mark.parametrize("documents", [0, [0, 0]])
 def test_a_pack_without_tokens(documents: int | list[int]) -> None:
     """Values and gradients are empty, and weights get gradients of zero, not none: other ranks may have tokens."""

@@ -100,8 +100,9 @@ def test_runs_of_an_arm_that_was_something_else_are_left_out() -> None:
 def test_settings_changed_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
     """They reach the model and the training, but for what an arm sets itself; the runs are others, with a page of their own."""
     common = ["--lrs", "0.004", "--seeds", "1", "--only", "arm=nsa,slow_gates"]
-    changes = ["--set", "nsa.gate_temperature=3", "nsa.compress_block_size=4", "nsa.compress_stride=2", "model.num_layers=2"]
-    assert study("mqar", *common, *changes, "train.weight_decay=0.5") == 0
+    sizes = ["--set", "nsa.compress_block_size=4", "nsa.compress_stride=2", "--set", "model.num_layers=2"]
+    changes = ["--set", "nsa.gate_temperature=3", *sizes, "--set", "train.weight_decay=0.5"]
+    assert study("mqar", *common, *changes) == 0
     nsa, slow = (record["settings"] for record in records("mqar"))
     assert (nsa["model"]["nsa"]["gate_temperature"], slow["model"]["nsa"]["gate_temperature"]) == (3.0, 10.0)
     for settings in (nsa, slow):
@@ -112,6 +113,8 @@ def test_settings_changed_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert study("mqar", "--list", *common) == 0 and "2 runs can be made now" in capsys.readouterr().out
     assert study("mqar", "--report", "--docs", "pages") == 2
+    assert "no finished run of scale tiny with these training settings" in capsys.readouterr().err
+    assert study("mqar", "--report", "--docs", "pages", "--set", "train.weight_decay=0.5") == 2
     assert "none of an arm as it is defined now" in capsys.readouterr().err
     assert study("mqar", "--report", "--docs", "pages", *changes) == 0
     page = Path("pages/mqar.md").read_text()
@@ -151,7 +154,12 @@ def test_a_part_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
         (["study", "mqar", "--set", "model.nsa=8"], "--set model.nsa=8: there is no setting 'nsa' here, only vocab_size"),
         (["study", "mqar", "--set", "nsa.window_size=wide"], "--set nsa.window_size=wide: Input should be a valid integer"),
         (["study", "mqar", "--set", "nsa.compress_stride=5"], "--set: compress_block_size = 16 is not a multiple of compress_"),
-        (["study", "mqar", "--set", "model.hidden_size=-8"], "--set: "),
+        (["study", "mqar", "--set", "model.hidden_size=-8"], "--set: hidden_size = -8 must be at least 1"),
+        (["study", "mqar", "--set", "model.num_outputs=1000"], "--set: num_outputs = 1000 must be from 1 to vocab_size ="),
+        (["study", "mqar", "--set", "nsa.window_size=0"], "--set: nsa.window_size = 0, but several arms are about the window"),
+        (["study", "mqar", "--set", "train.eval_every=0"], "--set: warmup_steps = 40 and eval_every = 0 must be at least"),
+        (["study", "mqar", "--set", "train.weight_decay=nan"], "--set: weight_decay = nan and clip_norm = 1.0 must be positive"),
+        (["study", "mqar", "--set", "train.betas=0.9"], "--set train.betas=0.9: there is no setting 'betas' here, only warmup"),
         (["study", "mqar", "--workers", "-1"], "--workers = -1 is too small"),
         (["study", "mqar", "--seeds", "0"], "--seeds = 0 is too small"),
         (["study", "mqar", "--report"], "runs/study/mqar.jsonl does not exist; make the runs first: nsa-cp study mqar"),
