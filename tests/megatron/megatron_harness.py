@@ -266,28 +266,6 @@ def megatron_step(iterator: Iterator[Any], model: Any) -> tuple[torch.Tensor, Ca
     return losses, lambda output: masked_mean(output.float(), batch["loss_mask"].float())
 
 
-def sum_and_count_step(iterator: Iterator[Any], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
-    """Forward step whose loss function returns three values, as Megatron-LM's does: this rank's sum, its count, and a report."""
-    batch, packed = next(iterator)
-    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=packed)
-
-    def loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        mask = batch["loss_mask"].to(output.dtype)
-        return (output * mask).sum(), mask.sum().to(torch.int32), {"loss": torch.zeros(())}
-
-    return losses, loss
-
-
-def gradient_norm_of_step(rank: int, world: int, model: Model, three_values: bool) -> float:
-    """Norm of the gradient of the ``masked`` scenario, over ``world`` context-parallel ranks, which count unlike tokens."""
-    parallel = Parallel(cp=world)
-    with megatron(parallel):
-        config, chunks = build(model, parallel)
-        wrapped = wrap(config, chunks)
-        forward_backward(config, wrapped, "masked", parallel, sum_and_count_step if three_values else megatron_step)
-        return gradient_norm(chunks)
-
-
 # --- one step ---------------------------------------------------------------------------------------------------------------
 
 

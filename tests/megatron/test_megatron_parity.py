@@ -6,9 +6,10 @@ is rounding; a forgotten reduction, a wrong slice or a rank's lost gradient is o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import megatron_harness as harness
 import pytest
@@ -191,11 +192,35 @@ def test_layer_spec_object_serves_a_plain_transformer_config(workers: Workers, r
     assert loss == pytest.approx(expected["plain"].loss, rel=1e-6)
 
 
+def _sum_and_count_step(iterator: Iterator[Any], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+    """Forward step whose loss function returns three values, as Megatron-LM's does: this rank's sum, its count, and a report."""
+    batch, packed = next(iterator)
+    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=packed)
+
+    def loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        mask = batch["loss_mask"].to(output.dtype)
+        return (output * mask).sum(), mask.sum().to(torch.int32), {"loss": torch.zeros(())}
+
+    return losses, loss
+
+
+def _gradient_norm(rank: int, world: int, model: Model, three_values: bool) -> float:
+    """Norm of the gradient of the ``masked`` scenario, over ``world`` context-parallel ranks, which count unlike tokens."""
+    parallel = Parallel(cp=world)
+    with harness.megatron(parallel):
+        config, chunks = harness.build(model, parallel)
+        wrapped = harness.wrap(config, chunks)
+        harness.forward_backward(
+            config, wrapped, "masked", parallel, _sum_and_count_step if three_values else harness.megatron_step
+        )
+        return harness.gradient_norm(chunks)
+
+
 @pytest.mark.parametrize("three_values", [False, True])
 def test_what_a_loss_function_has_to_return(workers: Workers, three_values: bool) -> None:
     """As docs/megatron.md says: of two values, the loss by the count of all ranks; of three, this rank's own sum and count."""
     model = replace(INDEPENDENT, dtype=torch.float32).with_extra(calculate_per_token_loss=three_values)
-    one, two = (workers(cp).run(harness.gradient_norm_of_step, model, three_values)[0] for cp in (1, 2))
+    one, two = (workers(cp).run(_gradient_norm, model, three_values)[0] for cp in (1, 2))
     assert two == pytest.approx(one, rel=ROUNDED)
 
 
